@@ -1,0 +1,1 @@
+"""Pretrain CLIPS vision towers (arXiv 2411.16828)."""

@@ -1,0 +1,123 @@
+"""Text → ids, as the released CLIPS models have it: `[bos] body [eos] pad … pad [CLS]`, lower-cased WordPiece."""
+
+import functools
+import html
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import ftfy
+import numpy as np
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+from clips_core.errors import InputError
+from clips_core.folders import write_bytes
+
+PAD, BOS, EOS, UNK, CLS = 0, 1, 2, 100, 101
+BERT_VOCAB = Path(__file__).with_name(
+    "bert_vocab.txt"
+)  # BERT's 30,522 lower-case entries: the released models' vocabulary
+# BERT's first 104 lines, which every vocabulary of ours shares: ids 1 and 2 ([unused0], [unused1]) serve as bos and eos.
+RESERVED = ("[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+class ClipsTokenizer:
+    """WordPiece over a `vocab.txt` whose first 104 lines are BERT's.
+
+    Special tokens written literally in a caption (`[CLS]`, `[unused0]`) are plain characters here, as in the released
+    models: a caption cannot forge a bos or eos.
+    """
+
+    def __init__(self, vocab: Path | str = BERT_VOCAB):
+        self.vocab_path = Path(vocab)
+        self.tokens = read_vocab(self.vocab_path)
+        ids = {token: i for i, token in enumerate(self.tokens)}
+        self._tokenizer = Tokenizer(models.WordPiece(vocab=ids, unk_token="[UNK]", max_input_chars_per_word=100))
+        self._tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+        self._tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        self._body = functools.lru_cache(maxsize=2**16)(self._encode)  # captions recur from epoch to epoch
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __reduce__(self) -> tuple[type, tuple[Path]]:  # a data loader's worker makes its own
+        return ClipsTokenizer, (self.vocab_path,)
+
+    def encode(self, texts: Sequence[str], length: int) -> np.ndarray:
+        """Ids for the text encoder, int64 [len(texts), length]; a body that is too long is cut so that eos and CLS stay."""
+        ids = np.full((len(texts), length), PAD, dtype=np.int64)
+        for row, text in zip(ids, texts, strict=True):
+            body = self._body(text)[: length - 3]
+            row[0], row[1 + len(body)], row[-1] = BOS, EOS, CLS
+            row[1 : 1 + len(body)] = body
+        return ids
+
+    def encode_target(self, text: str, length: int) -> np.ndarray:
+        """Targets of the caption decoder, int64 [length]: `body [eos] pad …`, without bos; one too long ends in eos."""
+        ids = np.full(length, PAD, dtype=np.int64)
+        body = self._body(text)[: length - 1]
+        ids[: len(body)], ids[len(body)] = body, EOS
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Words up to the first eos; pads and reserved ids are left out."""
+        words: list[str] = []
+        for i in ids:
+            if i == EOS:
+                break
+            token = self.tokens[i] if i < len(self.tokens) else "[UNK]"
+            if i != UNK and i < len(RESERVED):
+                continue
+            if token.startswith("##") and words:
+                words[-1] += token[2:]
+            else:
+                words.append(token)
+        return " ".join(words)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(clean(text), add_special_tokens=False).ids)
+
+
+def clean(text: str) -> str:
+    """Repaired Unicode, HTML unescaped twice, runs of white space folded."""
+    if not (text.isascii() and text.isprintable() and "&" not in text):  # ftfy changes none of the others, and is slow
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def read_vocab(path: Path | str) -> list[str]:
+    """The tokens of a `vocab.txt`, one a line.
+
+    Raises:
+        InputError: if the file is missing or its first 104 lines are not BERT's.
+    """
+    try:
+        tokens = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"vocabulary {path}: cannot be read ({error})") from None
+    for number, (token, expected) in enumerate(zip(tokens, RESERVED, strict=False), start=1):
+        if token != expected:
+            raise InputError(f"vocabulary {path}, line {number}: {token!r} where BERT's layout has {expected!r}")
+    if len(tokens) <= len(RESERVED):
+        raise InputError(
+            f"vocabulary {path}: {len(tokens)} lines; it needs the {len(RESERVED)} reserved ones and words"
+        )
+    return tokens
+
+
+def train_vocab(texts: Iterable[str], path: Path | str, max_size: int = 30_522) -> None:
+    """Write a `vocab.txt` for a small corpus: BERT's reserved lines, its characters, and its most frequent whole words.
+
+    The same texts give the same file, whatever their order.
+    """
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    words: Counter[str] = Counter()
+    for text, count in Counter(texts).items():
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(clean(text))):
+            words[word] += count
+    characters = sorted({character for word in words for character in word})
+    pieces = [*characters, *(f"##{character}" for character in characters)]
+    whole = sorted((word for word in words if len(word) > 1), key=lambda word: (-words[word], word))
+    tokens = [*RESERVED, *pieces, *whole][:max_size]
+    write_bytes(path, "".join(f"{token}\n" for token in tokens).encode())

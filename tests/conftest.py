@@ -1,0 +1,28 @@
+"""What holds for every test: no network, no trace in the user's caches, few threads."""
+
+import atexit
+import os
+import shutil
+import socket
+import tempfile
+
+# Read by libraries at import, so set before any of them: conftest.py is imported first.
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # tensors here are tiny: more threads only wait for one another
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="clips-llava-tests-")
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+os.environ["MPLBACKEND"] = "agg"
+
+_connect = socket.socket.connect
+
+
+def _connect_to_this_machine_only(self: socket.socket, address: object) -> None:
+    if self.family in (socket.AF_INET, socket.AF_INET6):
+        assert isinstance(address, tuple)
+        if address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"a test tried to reach {address[0]}: tests run without a network")
+    _connect(self, address)  # type: ignore[arg-type]
+
+
+socket.socket.connect = _connect_to_this_machine_only  # type: ignore[method-assign]
