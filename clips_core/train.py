@@ -1,6 +1,7 @@
 """Pretrain a CLIPS tower: build → step → loop → export, read from top to bottom."""
 
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -36,6 +37,8 @@ def pretrain(config: PretrainConfig) -> Path:
         InputError: if the data, the vocabulary or the folder does not fit the config.
     """
     # -------------------------------------------------------------------------------------------------- inputs
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # launched by torchrun: each process would train a model of its own
+        raise InputError("pretraining runs in one process so far; start it without torchrun")
     tokenizer = ClipsTokenizer(config.data.vocab or BERT_VOCAB)
     if len(tokenizer) > config.model.vocab_size:
         raise InputError(

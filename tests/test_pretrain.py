@@ -53,7 +53,8 @@ def make_config(folder: Path, out: Path, *overrides: str) -> PretrainConfig:
     settings = [
         f"out={out}", f"data.train={folder}", f"data.vocab={folder / 'vocab.txt'}", "data.workers=0",
         "model={image_size: 16, patch_size: 8, embed_dim: 16, context_length: 12, learnable_tokens: 24, vocab_size: 200, "
-        "vision: {width: 32, layers: 2, heads: 2}, text: {width: 32, layers: 2, heads: 2}, decoder: {width: 32, layers: 2, heads: 2}}",
+        "vision: {width: 32, layers: 2, heads: 2}, text: {width: 32, layers: 2, heads: 2}, "
+        "decoder: {width: 32, layers: 2, heads: 2}}",
         "samples=320", "batch_size=16", "learning_rate=2e-3", "precision=fp32", "log_every=1", "save_every=7",
         f"evaluation.shards={folder}", "evaluation.caption=txt",
     ]  # fmt: skip
@@ -159,7 +160,7 @@ def test_pretraining_learns_and_explains_itself(shards: Path, tmp_path: Path) ->
     before = (out / "manifest.json").stat().st_mtime_ns
     pretrain(make_config(shards, tmp_path / "run", "samples=960", "evaluation.every=320"))
     assert (out / "manifest.json").stat().st_mtime_ns == before  # already finished: nothing is done again
-    with pytest.raises(InputError, match="config.seed: 0 → 1"):
+    with pytest.raises(InputError, match=r"config\.seed: 0 → 1"):
         pretrain(make_config(shards, tmp_path / "run", "samples=960", "evaluation.every=320", "seed=1"))
 
 
@@ -277,3 +278,9 @@ def test_a_sample_without_synthetic_caption_trains_on_its_web_caption(shards: Pa
 def test_vocabulary_must_fit(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="vocab_size is 110"):
         pretrain(make_config(shards, tmp_path, "model.vocab_size=110"))
+
+
+def test_torchrun_is_refused(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="one process"):
+        pretrain(make_config(shards, tmp_path))

@@ -62,7 +62,7 @@ TEXTVQA_TEMPLATES = (
 
 @dataclass(frozen=True)
 class Table:
-    """One parquet file: `folder/file` under the data set's name, and the columns' types."""
+    """One parquet file: the data set, configuration and split that it is, its columns and its rows."""
 
     dataset: str
     configuration: str

@@ -193,7 +193,7 @@ def _training_texts(shards: Path) -> Iterator[str]:
 
 def contact_sheet(rules: Rules, columns: int = 4, rows: int = 6) -> Image.Image:
     """The first training pictures, enlarged, beside their captions: the web caption in bold, then the synthetic one."""
-    picture, width, height, margin = 144, 460, 190, 12
+    picture, width, height, margin = 144, 470, 190, 12
     sheet = Image.new("RGB", (columns * width + margin, rows * height + margin), "white")
     canvas = ImageDraw.Draw(sheet)
     fonts = [ImageFont.truetype(FONTS / name, 13) for name in ("DejaVuSans-Bold.ttf", "DejaVuSans.ttf")]
@@ -209,7 +209,7 @@ def contact_sheet(rules: Rules, columns: int = 4, rows: int = 6) -> Image.Image:
             (faults, fonts[1], "#b00000"),
         )
         for text, font, ink in texts:
-            for line in textwrap.wrap(text, 42):
+            for line in textwrap.wrap(text, 40 if font is fonts[1] else 36):
                 canvas.text((x + picture + margin, y), line, font=font, fill=ink)
                 y += 16
             y += 3
