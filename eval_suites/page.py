@@ -1,0 +1,190 @@
+"""report.html: one page without script or outside resource, light and dark, for a screen of any width."""
+
+import json
+from collections.abc import Callable, Sequence
+from math import ceil, isfinite
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from eval_suites import comparison
+from eval_suites.charts import Line, line_chart, short
+from eval_suites.comparison import ACCURACY, ALL, DIRECTIONS, RECALLS, YES_NO, Comparison, Report
+from eval_suites.records import Run
+from eval_suites.samples import Pattern
+
+LABELS = {
+    "pope": "POPE",
+    "mme": "MME",
+    "gqa": "GQA",
+    "textvqa_val": "TextVQA",
+    ALL: "All questions",
+    YES_NO: "Yes/no questions",
+}
+ASKED = {  # what a benchmark asks, for those who do not know its name
+    ALL: "pooled; primary",
+    YES_NO: "pooled",
+    "pope": "is this object in the picture?",
+    "mme": "pairs of a yes and a no question",
+    "gqa": "composition: objects, colours, places",
+    "textvqa_val": "reading a printed word",
+}
+STAGES = {
+    "tower": "pretraining the tower",
+    "align": "stage 1, projector",
+    "tune": "stage 2, LLM and projector",
+    "real": "evaluation",
+    "blank": "evaluation, blank pictures",
+    "shuffled": "evaluation, shuffled pictures",
+}
+COLOURS = 6  # towers that the style sheet tells apart
+
+
+def render(report: Report, runs: Sequence[Run], patterns: Sequence[Pattern]) -> str:
+    """The page as HTML. Every text that comes from data is escaped by the template engine."""
+    template = Environment(
+        loader=PackageLoader("eval_suites"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    template.filters |= {
+        "percent": comparison.percent,
+        "points": comparison.points,
+        "between": comparison.between,
+        "p_text": comparison.p_text,
+        "duration": duration,
+        "quantity": quantity,
+        "label": lambda benchmark: LABELS.get(benchmark, benchmark),
+        "json": lambda value: json.dumps(value, indent=2, ensure_ascii=False),
+    }
+    answers = [row for row in report.comparisons if row.metric == ACCURACY]
+    marks = comparison.verdicts(report.comparisons)
+    return template.get_template("report.html.j2").render(
+        report=report,
+        runs=runs,
+        names=list(report.towers),
+        numbers_of={name: number for number, name in enumerate(report.towers)},
+        numbers={name: number % COLOURS for number, name in enumerate(report.towers)},
+        primary=answers[0],
+        headline=report.findings[0],
+        basis=report.findings[1],
+        smallest=smallest_visible(answers[0]),
+        answers=comparison.by_benchmark(answers),
+        retrievals=[row for row in report.comparisons if row.metric != ACCURACY],
+        controls=comparison.by_benchmark(report.controls),
+        better={
+            (row.benchmark, row.metric, row.a, row.b): mark for row, mark in zip(report.comparisons, marks, strict=True)
+        },
+        working={
+            (row.benchmark, row.b): mark
+            for row, mark in zip(report.controls, comparison.verdicts(report.controls), strict=True)
+        },
+        limits={
+            "answers": limit(answers),
+            "retrievals": limit([row for row in report.comparisons if row.metric != ACCURACY]),
+            "controls": limit(report.controls),
+            "primary": limit(answers[:1]),
+        },
+        pooled=(ALL, YES_NO),
+        asked=ASKED,
+        stages=STAGES,
+        other_seconds={
+            stage: value
+            for stage, value in report.seconds.items()
+            if not any(stage in comparison.stage_seconds(run) for run in runs)
+        },
+        directions=DIRECTIONS,
+        recalls=RECALLS,
+        charts=training_charts(runs),
+        patterns=patterns,
+        own_figures=own_figures(report),
+    )
+
+
+def limit(rows: Sequence[Comparison]) -> float:
+    """End of the symmetric axis on which all intervals of `rows` fit: a multiple of 5 points."""
+    return ceil(max((abs(bound) for row in rows for bound in row.interval), default=1.0) * 20 + 1e-9) / 20
+
+
+def smallest_visible(row: Comparison) -> float:
+    """The true difference that a comparison with this error would have found four times in five (2.8 standard errors)."""
+    return (row.interval[1] - row.interval[0]) / 2 * 2.8 / 1.96
+
+
+def own_figures(report: Report) -> list[tuple[str, str, list[float | None]]]:
+    """lmms-eval's own aggregated figures: benchmark, metric, value of each tower."""
+    benchmarks = [figures["benchmarks"] for figures in report.towers.values()]
+    names = {
+        (benchmark, metric): None
+        for own in benchmarks
+        for benchmark, figures in own.items()
+        for metric, value in figures["metrics"].items()
+        if metric != "n" and isinstance(value, int | float)
+    }
+    return [(task, metric, [own[task]["metrics"].get(metric) for own in benchmarks]) for task, metric in names]
+
+
+# ------------------------------------------------------------------------------------------------------ charts
+
+
+def training_charts(runs: Sequence[Run]) -> list[tuple[str, str, Markup]]:
+    """Title, note and SVG of each curve that at least one run recorded."""
+    chance = next((100 * run.zero_shot["chance"]["R@1"] for run in runs if run.zero_shot), None)
+
+    def recall(direction: str) -> Callable[[dict[str, Any]], float | None]:
+        return lambda row: 100 * row["zero_shot"][direction]["R@1"] if "zero_shot" in row else None
+
+    held_out, sentence = "held-out pictures; dotted: chance", "one of the synthetic sentences"
+    panels: list[tuple[str, str, str, Callable[[dict[str, Any]], float | None], float | None]] = [
+        (
+            "Contrastive, web captions",
+            "of one text a picture: the only one",
+            "tower",
+            lambda row: row.get("contrastive_web", row.get("contrastive")),
+            None,
+        ),
+        ("Contrastive, sub-captions", sentence, "tower", lambda row: row.get("contrastive_sub"), None),
+        ("Caption loss", "per token of the synthetic caption", "tower", lambda row: row.get("caption"), None),
+        ("R@1 in %, picture → caption", held_out, "tower", recall("image_to_text"), chance),
+        ("R@1 in %, caption → picture", held_out, "tower", recall("text_to_image"), chance),
+        ("Stage 1 loss", "projector only", "align", lambda row: row.get("loss"), None),
+        ("Stage 2 loss", "LLM and projector", "tune", lambda row: row.get("loss"), None),
+    ]
+    charts = []
+    for title, note, field, value, reference in panels:
+        x_key = "samples" if field == "tower" else "step"
+        lines = []
+        for number, run in enumerate(runs):
+            measured = [(row[x_key], value(row)) for row in run.logs[field] if x_key in row]
+            points = sorted((x, y) for x, y in measured if y is not None and isfinite(y))
+            if points:
+                lines.append(Line(run.name, number % COLOURS, points))
+        if lines:
+            charts.append((title, note, line_chart(title, lines, "seen" if field == "tower" else "steps", reference)))
+    return charts
+
+
+# -------------------------------------------------------------------------------------------------------- words
+
+
+def duration(seconds: float | None) -> str:
+    """3 h 5 min, 4 min 10 s, 12 s; `unknown` for None."""
+    if seconds is None:
+        return "unknown"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def quantity(value: float | None, unit: str = "") -> str:
+    """1.2 M, 85.3 GFLOP; `unknown` for None."""
+    if value is None:
+        return "unknown"
+    text = short(value)
+    prefix = text.lstrip("0123456789.")
+    return f"{text.removesuffix(prefix)} {prefix}{unit}".strip()

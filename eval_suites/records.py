@@ -1,0 +1,198 @@
+"""The finished runs of a tower, read from their folders and checked: what a comparison starts from."""
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from clips_core.errors import InputError
+from clips_core.folders import first_difference, read_json, read_manifest
+from eval_suites.benchmarks import Suite, model_fingerprint
+
+PICTURES = ("real", "blank", "shuffled")
+
+Key = tuple[str, int]  # task, doc_id
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The folders of one tower's runs, all finished."""
+
+    name: str
+    tower: Path  # pretraining run
+    align: Path  # stage 1
+    tune: Path  # stage 2
+    real: Path  # evaluations: with each question's own picture,
+    blank: Path  # with a blank one,
+    shuffled: Path  # with another question's
+
+    @classmethod
+    def of(cls, folder: Path) -> "Entry":
+        """`folder/{tower,align,tune,eval/real,eval/blank,eval/shuffled}`, under the folder's name."""
+        stages = {name: folder / name for name in ("tower", "align", "tune")}
+        return cls(folder.name, **stages, **{pictures: folder / "eval" / pictures for pictures in PICTURES})
+
+
+@dataclass(frozen=True)
+class Record:
+    """One answered question."""
+
+    task: str
+    doc_id: int  # row of the benchmark's file
+    cluster: str  # shared by the questions of the task that share a picture
+    category: str
+    question: str
+    target: str
+    answer: str
+    score: Annotated[float, Field(ge=0, le=1)]
+
+    @property
+    def right(self) -> bool:
+        return self.score >= 0.5
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that was read of one `Entry`."""
+
+    entry: Entry
+    manifests: dict[str, dict[str, Any]]  # by field of `Entry`
+    zero_shot: dict[str, Any] | None  # None: the pretraining run had no held-out pictures
+    records: dict[str, dict[Key, Record]]  # by pictures shown
+    metrics: dict[str, dict[str, dict[str, Any]]]  # by pictures shown and task: lmms-eval's own figures
+    logs: dict[str, list[dict[str, Any]]]  # tower, align, tune: the rows of metrics.jsonl
+
+    @property
+    def name(self) -> str:
+        return self.entry.name
+
+    @cached_property
+    def suite(self) -> Suite:
+        """What was asked, as the evaluation with the right pictures recorded it."""
+        try:
+            return TypeAdapter(Suite).validate_python(self.manifests["real"]["config"].get("suite"))
+        except ValidationError as error:
+            raise InputError(
+                f"{self.entry.real}: its manifest holds no suite that this version reads ({error})"
+            ) from None
+
+    @cached_property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each stage that recorded them, by field of `Entry`."""
+        found = {}
+        for field, manifest in self.manifests.items():
+            logged = [row["seconds"] for row in self.logs.get(field, []) if "seconds" in row]
+            value = manifest["outputs"].get("seconds", logged[-1] if logged else None)
+            if value is not None:
+                found[field] = float(sum(value.values()) if isinstance(value, dict) else value)
+        return found
+
+
+def read_run(entry: Entry) -> Run:
+    """Everything in the folders of `entry`.
+
+    Raises:
+        InputError: if a folder is missing, unfinished or another stage's, shows other pictures than it should, or holds a
+            malformed file (naming it and the line).
+    """
+    stages = {"tower": "pretrain", "align": "align", "tune": "tune", **dict.fromkeys(PICTURES, "eval")}
+    manifests = {field: read_manifest(getattr(entry, field), stage) for field, stage in stages.items()}
+    _check_chain(entry, manifests)
+    model = model_fingerprint(entry.tune / "model")
+    for pictures in PICTURES:
+        shown, folder = manifests[pictures]["config"].get("pictures"), getattr(entry, pictures)
+        if shown != pictures:
+            raise InputError(f"{folder}: evaluated with {shown} pictures; {pictures} ones are needed")
+        if manifests[pictures]["inputs"].get("model") != model:
+            raise InputError(f"{folder}: answered by another model than that of {entry.tune}; evaluate this one")
+    zero_shot = entry.tower / "zero_shot.json"
+    evaluations = {pictures: _read_evaluation(getattr(entry, pictures)) for pictures in PICTURES}
+    return Run(
+        entry,
+        manifests,
+        read_json(zero_shot) if zero_shot.exists() else None,
+        {pictures: records for pictures, (records, _) in evaluations.items()},
+        {pictures: metrics for pictures, (_, metrics) in evaluations.items()},
+        {field: _read_jsonl(getattr(entry, field) / "metrics.jsonl") for field in ("tower", "align", "tune")},
+    )
+
+
+def _check_chain(entry: Entry, manifests: dict[str, dict[str, Any]]) -> None:
+    """Raise an `InputError` unless stage 1 was trained on this tower and stage 2 on this stage 1, by the weights' hashes."""
+    tower = manifests["tower"]["weights"].get("export/hf/model.safetensors")
+    if manifests["align"]["inputs"].get("tower") != tower:
+        raise InputError(
+            f"{entry.align}: trained with another tower than {entry.tower}; run stage 1 again with this one"
+        )
+    aligned = manifests["align"]["weights"].get("model/model.safetensors")
+    if manifests["tune"]["inputs"].get("align") != aligned:
+        raise InputError(
+            f"{entry.tune}: goes on from another stage 1 than {entry.align}; run stage 2 again from this one"
+        )
+
+
+def check_same_questions(runs: Sequence[Run]) -> None:
+    """Raise an `InputError`, naming what differs first, unless all runs answered the same questions in the same way."""
+    first, settings = runs[0].records["real"], _settings(runs[0], "real")
+    for run, pictures in itertools.product(runs, PICTURES):
+        other = run.records[pictures]
+        folders = f"{runs[0].entry.real} and {getattr(run.entry, pictures)}"
+        difference = first_difference(settings, _settings(run, pictures))
+        if difference is not None:
+            raise InputError(f"{folders} were evaluated differently ({difference})")
+        for task, doc_id in sorted(first.keys() ^ other.keys())[:1]:
+            raise InputError(f"{folders} do not hold the same questions: {task} {doc_id} is in one of them only")
+        for (task, doc_id), record in first.items():
+            for field in ("question", "target", "cluster"):
+                a, b = getattr(record, field), getattr(other[task, doc_id], field)
+                if a != b:
+                    raise InputError(f"{folders} differ in the {field} of {task} {doc_id}: {a!r} and {b!r}")
+
+
+def _settings(run: Run, pictures: str) -> dict[str, Any]:
+    """What an evaluation's answers depend on, but for the model and the pictures shown."""
+    manifest = run.manifests[pictures]
+    config = {key: value for key, value in manifest["config"].items() if key != "pictures"}
+    return {**config, "data": manifest["inputs"].get("data")}
+
+
+def _read_evaluation(folder: Path) -> tuple[dict[Key, Record], dict[str, dict[str, Any]]]:
+    """Records by key, and lmms-eval's own figures by task."""
+    metrics = read_json(folder / "results.json")
+    validator = TypeAdapter(Record)
+    records: dict[Key, Record] = {}
+    for task in metrics:
+        path = folder / f"{task}.jsonl"
+        for number, row in enumerate(_read_jsonl(path), start=1):
+            try:
+                record = validator.validate_python(row)
+            except ValidationError as error:
+                problem = error.errors()[0]
+                key = ".".join(map(str, problem["loc"]))
+                raise InputError(f"{path}, line {number}, {key}: {problem['msg']}; run the evaluation again") from None
+            if (record.task, record.doc_id) in records:
+                raise InputError(f"{path}, line {number}: a second answer to question {record.doc_id}")
+            records[record.task, record.doc_id] = record
+    if not records:
+        raise InputError(f"{folder}: holds no answered question")
+    return records, metrics
+
+
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if line:
+            try:
+                rows.append(dict(json.loads(line)))
+            except (ValueError, TypeError) as error:
+                raise InputError(f"{path}, line {number}: not a JSON object ({error})") from None
+    return rows

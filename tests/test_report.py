@@ -1,0 +1,696 @@
+"""The comparison of towers on small synthetic folders, against plain re-computation, and the page it makes."""
+
+import base64
+import dataclasses
+import io
+import json
+import math
+import re
+import shutil
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image, ImageDraw
+from scipy import stats
+
+from clips_core.config import to_dict
+from clips_core.errors import InputError
+from clips_core.folders import MetricsLog, read_json, write_json, write_manifest
+from eval_suites import samples
+from eval_suites.benchmarks import load_suite, model_fingerprint
+from eval_suites.charts import HEIGHT, MOST_POINTS, WIDTH, Line, averaged, line_chart, short, ticks
+from eval_suites.comparison import Comparison, verdicts
+from eval_suites.page import duration, quantity
+from eval_suites.records import Entry
+from eval_suites.report import compare
+
+HOSTILE = '</dd><script>alert("1")</script><img src=x onerror=alert(1)>'
+COLOURS = ("red", "green", "blue", "orange")
+SHAPES = ("star", "heart", "flag", "bell")
+
+
+# ------------------------------------------------------------------------------------------ synthetic folders
+
+
+@dataclass
+class Question:
+    task: str
+    doc_id: int
+    cluster: str
+    category: str
+    question: str
+    target: str
+
+
+def picture(seed: int) -> bytes:
+    rng = np.random.default_rng(seed)
+    image = Image.new("RGB", (64, 64), tuple(rng.integers(150, 255, 3)))
+    draw = ImageDraw.Draw(image)
+    for _ in range(3):
+        x, y, size = rng.integers(2, 44, 3)
+        draw.ellipse((x, y, x + 8 + size // 4, y + 8 + size // 4), fill=tuple(rng.integers(0, 200, 3)))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]], row_group: int = 7) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=row_group)
+
+
+def make_benchmarks(folder: Path, scale: int = 1) -> list[Question]:
+    """POPE (2 questions a picture), MME (pairs), GQA (pictures apart, joined by id) and TextVQA as parquet files."""
+    root, rng = folder / "lmms-lab-encoder", np.random.default_rng(7)
+    questions: list[Question] = []
+
+    def image(seed: int) -> dict[str, Any]:
+        return {"bytes": picture(seed), "path": f"{seed}.png"}
+
+    def thing() -> str:
+        return f"{rng.choice(COLOURS)} {rng.choice(SHAPES)}"
+
+    pope, mme, gqa, gqa_images, textvqa = [], [], [], [], []
+    for i in range(24 * scale):
+        category = ("random", "popular", "adversarial")[i % 3]
+        for target in ("yes", "no"):
+            questions.append(
+                Question("pope", len(pope), f"p{i}", category, f"Is there a {thing()} in the image?", target)
+            )
+            pope.append({"question": questions[-1].question, "answer": target, "image": image(i)})
+    for i in range(20 * scale):
+        for target in ("Yes", "No"):
+            asked = f"Is there a {thing()} in this image? Please answer yes or no."
+            questions.append(Question("mme", len(mme), f"existence / m{i}", "existence", asked, target))
+            mme.append({"question": asked, "answer": target, "image": image(1000 + i)})
+    for i in range(15 * scale):
+        gqa_images.insert(0, {"id": f"g{i}", "image": image(2000 + i)})  # the pictures lie in another order
+        for target in (str(rng.choice(COLOURS)), "yes"):
+            asked = f"What color is the {rng.choice(SHAPES)}?" if target != "yes" else f"Are there any {thing()}s?"
+            questions.append(Question("gqa", len(gqa), f"g{i}", "", asked, target))
+            gqa.append({"imageId": f"g{i}", "question": asked, "answer": target})
+    for i in range(12 * scale):
+        questions.append(Question("textvqa_val", i, f"t{i}", "", "what is written on the sign?", f"word{i}"))
+        textvqa.append(
+            {"question": "what is written on the sign?", "answers": [f"word{i}"] * 10, "image": image(3000 + i)}
+        )
+    (root / "GQA").mkdir(parents=True)
+    (root / "GQA/README.md").write_text(
+        "---\nconfigs:\n"
+        + "".join(
+            f"- config_name: {name}\n  data_files:\n  - split: testdev\n    path: {name}/testdev-*\n"
+            for name in ("testdev_balanced_instructions", "testdev_balanced_images")
+        )
+        + "---\n"
+    )
+    write_parquet(root / "POPE/data/test-00000-of-00002.parquet", pope[:20])
+    write_parquet(root / "POPE/data/test-00001-of-00002.parquet", pope[20:])
+    write_parquet(root / "MME/data/test-00000-of-00001.parquet", mme)
+    write_parquet(root / "GQA/testdev_balanced_instructions/testdev-00000-of-00001.parquet", gqa)
+    write_parquet(root / "GQA/testdev_balanced_images/testdev-00000-of-00001.parquet", gqa_images)
+    write_parquet(root / "textvqa/data/validation-00000-of-00001.parquet", textvqa)
+    return questions
+
+
+def make_model(folder: Path, name: str) -> None:
+    """The files of a model folder that its fingerprint needs."""
+    folder.mkdir(parents=True)
+    write_json(folder / "config.json", {"model_type": "llava"})
+    for file in ("generation_config.json", "tokenizer_config.json"):
+        write_json(folder / file, {})
+    (folder / "model.safetensors").write_bytes(name.encode())
+
+
+def write_evaluation(folder: Path, pictures: str, questions: list[Question], right: np.ndarray, model: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for item, score in zip(questions, right.astype(float), strict=True):
+        wrong = {"yes": "no", "no": "yes"}.get(item.target.lower(), HOSTILE)
+        rows.setdefault(item.task, []).append(
+            {
+                "task": item.task, "doc_id": item.doc_id, "cluster": item.cluster, "category": item.category,
+                "question": item.question, "target": item.target, "answer": item.target if score else wrong,
+                "score": score,
+            }
+        )  # fmt: skip
+    for task, own in rows.items():
+        (folder / f"{task}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in own))
+    mean = {task: float(np.mean([row["score"] for row in own])) for task, own in rows.items()}
+    names = {"pope": "pope_f1_score", "mme": "mme_perception_score"}
+    results = {task: {names.get(task, "exact_match"): value, "n": len(rows[task])} for task, value in mean.items()}
+    write_json(folder / "results.json", results)
+    config = {"pictures": pictures, "dtype": "float32", "suite": to_dict(load_suite("demo"))}
+    inputs = {"model": model_fingerprint(model), "data": "3" * 64}
+    write_manifest(folder, "eval", config, inputs, {"seconds": {"pope": 20.0, "mme": 11.5}})
+
+
+def make_entry(
+    folder: Path, method: str, questions: list[Question], skill: float, seed: int, n: int = 200, hits: float = 0.15
+) -> Entry:
+    """Runs of one tower whose LLaVA answers rightly with probability `skill`, and half the time without the picture."""
+    rng = np.random.default_rng(seed)
+    entry = Entry(
+        method, *(folder / method / name for name in ("pretrain", "align", "tune", "real", "blank", "shuffled"))
+    )
+    log = MetricsLog(entry.tower / "metrics.jsonl")
+    for step in range(1, 301):
+        fade = math.exp(-step / 120)
+        losses = {"contrastive_web": 2.6 + 2.2 * fade, "contrastive_sub": 1.9 + 2.9 * fade, "caption": 1.2 + 4 * fade}
+        losses = losses if method == "clips" else {"contrastive": 2.9 + 1.9 * fade}
+        noise = {name: value + rng.normal(0, 0.08) for name, value in losses.items()}
+        log.log(step=step, samples=128 * step, seconds=1.1 * step, loss=sum(noise.values()), lr=1e-3, **noise)
+        if step % 60 == 0:
+            recalls = {f"R@{k}": min(1.0, hits * k**0.6 * (1 - fade)) for k in (1, 5, 10)}
+            zero_shot = {"image_to_text": recalls, "text_to_image": {k: 0.9 * v for k, v in recalls.items()}, "n": n}
+            log.log(step=step, samples=128 * step, seconds=1.1 * step, zero_shot=zero_shot)
+    ranks = {
+        way: np.where(rng.random(n) < hits, 0, rng.integers(1, n, n)).tolist()
+        for way in ("image_to_text", "text_to_image")
+    }
+    recalls_of = {way: {f"R@{k}": float(np.mean(np.array(own) < k)) for k in (1, 5, 10)} for way, own in ranks.items()}
+    write_json(
+        entry.tower / "zero_shot.json",
+        {**recalls_of, "n": n, "chance": {f"R@{k}": k / n for k in (1, 5, 10)}, "ranks": ranks},
+    )
+    costs = {"parameters": 5_300_000, "flops_per_sample": 2.1e9 if method == "clips" else 1.3e9}
+    outputs = {"method": method, "samples": 38_400, "seconds": 330.0, **costs}
+    (entry.tower / "export" / "hf").mkdir(parents=True)
+    (entry.tower / "export" / "hf" / "model.safetensors").write_bytes(f"tower {method}".encode())
+    manifest = write_manifest(entry.tower, "pretrain", {"method": method, "seed": 0}, {"data": "1" * 64}, outputs)
+    inputs = {"tower": manifest["weights"]["export/hf/model.safetensors"]}
+    for stage, path in (("align", entry.align), ("tune", entry.tune)):
+        log = MetricsLog(path / "metrics.jsonl")
+        for step in range(1, 61):
+            log.log(step=step, loss=2 + 2 * math.exp(-step / 15) + rng.normal(0, 0.05), lr=1e-3, seconds=1.6 * step)
+        make_model(path / "model", f"{method} {stage}")
+        manifest = write_manifest(path, stage, {"steps": 60, "note": HOSTILE}, inputs, {})
+        inputs = {**inputs, "align": manifest["weights"]["model/model.safetensors"]}
+    easier = {item.cluster: rng.normal(0, 0.15) for item in questions}  # questions about one picture go together
+    chance = np.array([skill + easier[item.cluster] for item in questions])
+    write_evaluation(entry.real, "real", questions, rng.random(len(questions)) < chance, entry.tune / "model")
+    write_evaluation(entry.blank, "blank", questions, rng.random(len(questions)) < 0.45, entry.tune / "model")
+    write_evaluation(entry.shuffled, "shuffled", questions, rng.random(len(questions)) < 0.45, entry.tune / "model")
+    return entry
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def questions(folder: Path) -> list[Question]:
+    return make_benchmarks(folder / "benchmarks")
+
+
+@pytest.fixture(scope="module")
+def entries(folder: Path, questions: list[Question]) -> list[Entry]:
+    return [
+        make_entry(folder, "clips", questions, skill=0.85, seed=1, hits=0.2),
+        make_entry(folder, "clip_mix", questions, skill=0.55, seed=2, hits=0.04),
+    ]
+
+
+@pytest.fixture(scope="module")
+def report(folder: Path, entries: list[Entry]) -> dict[str, Any]:
+    compare(entries, folder / "out", folder / "benchmarks", {"world": 12.5})
+    return dict(read_json(folder / "out" / "report.json"))
+
+
+@pytest.fixture(scope="module")
+def html(folder: Path, report: dict[str, Any]) -> str:
+    return (folder / "out" / "report.html").read_text()
+
+
+@pytest.fixture
+def copies(tmp_path: Path, folder: Path, entries: list[Entry]) -> list[Entry]:
+    """The entries in folders of their own, to be damaged."""
+    for entry in entries:
+        shutil.copytree(folder / entry.name, tmp_path / entry.name)
+    return [
+        Entry(entry.name, *(tmp_path / entry.name / path.name for path in dataclasses.astuple(entry)[1:]))
+        for entry in entries
+    ]
+
+
+def scores(folder: Path, task: str) -> dict[int, dict[str, Any]]:
+    return {row["doc_id"]: row for row in map(json.loads, (folder / f"{task}.jsonl").read_text().splitlines())}
+
+
+def edit(path: Path, line: int, **values: Any) -> None:
+    rows = [json.loads(row) for row in path.read_text().splitlines()]
+    rows[line] |= values
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# ---------------------------------------------------------------------------------------------- report.json
+
+
+def test_report_json_has_the_promised_shape(report: dict[str, Any]):
+    assert list(report) == ["towers", "comparisons", "controls", "seconds", "environment", "findings"]
+    assert list(report["towers"]) == ["clips", "clip_mix"]
+    assert all(list(tower) == ["tower", "mllm", "zero_shot", "benchmarks"] for tower in report["towers"].values())
+    fields = ["benchmark", "metric", "a", "b", "difference", "interval", "p_value", "n"]
+    assert all(list(row) == fields for row in report["comparisons"] + report["controls"])
+    assert report["seconds"]["world"] == 12.5
+    assert report["seconds"]["pretrain clips"] == 330.0
+    assert report["seconds"]["tune clip_mix"] == pytest.approx(96.0)  # from its log: its manifest says nothing
+    assert report["seconds"]["eval clips, blank"] == 31.5
+    assert report["environment"]["python"]
+    assert all(isinstance(sentence, str) for sentence in report["findings"])
+
+
+def test_figures_equal_plain_recomputation(report: dict[str, Any], entries: list[Entry]):
+    for entry in entries:
+        own = report["towers"][entry.name]
+        benchmarks = own["benchmarks"]
+        rows = {task: scores(entry.real, task) for task in ("pope", "mme", "gqa", "textvqa_val")}
+        assert list(benchmarks) == ["all questions", "yes/no questions", *rows]
+        everything = [row for of_task in rows.values() for row in of_task.values()]
+        yes_no = [row for row in everything if row["target"] in ("yes", "no", "Yes", "No")]
+        assert {row["task"] for row in yes_no} == {"pope", "mme", "gqa"}
+        for name, of_group in {**{t: list(r.values()) for t, r in rows.items()}, "all questions": everything,
+                               "yes/no questions": yes_no}.items():  # fmt: skip
+            assert benchmarks[name]["accuracy"] == pytest.approx(np.mean([row["score"] for row in of_group]))
+            assert benchmarks[name]["n"] == len(of_group)
+            assert benchmarks[name]["n_clusters"] == len({(row["task"], row["cluster"]) for row in of_group})
+            low, high = benchmarks[name]["interval"]
+            assert 0 <= low < benchmarks[name]["accuracy"] <= high <= 1
+        blank = np.mean([row["score"] for row in scores(entry.blank, "pope").values()])
+        assert benchmarks["pope"]["blank"]["accuracy"] == pytest.approx(blank)
+        assert benchmarks["pope"]["metrics"] == read_json(entry.real / "results.json")["pope"]
+        assert own["tower"]["path"] == str(entry.tower)
+        assert own["tower"]["parameters"] == 5_300_000
+        assert own["mllm"]["path"] == str(entry.tune / "model")
+        zero_shot = read_json(entry.tower / "zero_shot.json")
+        assert own["zero_shot"]["text_to_image"] == zero_shot["text_to_image"]
+        assert "ranks" not in own["zero_shot"]
+
+
+def test_comparisons_are_paired_over_samples(report: dict[str, Any], entries: list[Entry]):
+    rows = {(row["benchmark"], row["metric"]): row for row in report["comparisons"]}
+    a, b = (scores(entry.real, "mme") for entry in entries)
+    by_pair: dict[str, list[float]] = {}
+    for doc_id, row in a.items():
+        by_pair.setdefault(row["cluster"], []).append(row["score"] - b[doc_id]["score"])
+    means = [np.mean(values) for values in by_pair.values()]
+    expected = stats.ttest_1samp(means, 0).confidence_interval()
+    mme = rows["mme", "accuracy"]
+    assert (mme["a"], mme["b"], mme["n"]) == ("clips", "clip_mix", len(a))
+    assert mme["difference"] == pytest.approx(np.mean(means))
+    assert mme["interval"] == pytest.approx([expected.low, expected.high])
+
+    ranks = [read_json(entry.tower / "zero_shot.json")["ranks"]["text_to_image"] for entry in entries]
+    hits = [np.array(own) < 5 for own in ranks]
+    only_a, only_b = int((hits[0] & ~hits[1]).sum()), int((~hits[0] & hits[1]).sum())
+    found = rows["retrieval, caption → picture", "R@5"]
+    assert found["difference"] == pytest.approx((only_a - only_b) / 200)
+    assert found["p_value"] == pytest.approx(stats.binomtest(only_a, only_a + only_b).pvalue)
+
+
+def test_controls_compare_a_model_with_itself(report: dict[str, Any], entries: list[Entry]):
+    rows = {(row["benchmark"], row["b"]): row for row in report["controls"]}
+    assert {b for _, b in rows} == {
+        f"{name}, {shown}" for name in ("clips", "clip_mix") for shown in ("blank", "shuffled")
+    }
+    for entry in entries:
+        for shown in ("blank", "shuffled"):
+            row = rows["yes/no questions", f"{entry.name}, {shown}"]
+            differences = [
+                own["score"] - scores(getattr(entry, shown), task)[doc_id]["score"]
+                for task in ("pope", "mme", "gqa")
+                for doc_id, own in scores(entry.real, task).items()
+                if own["target"].lower() in ("yes", "no")
+            ]
+            assert row["a"] == entry.name
+            assert row["difference"] == pytest.approx(np.mean(differences))
+            assert row["n"] == len(differences)
+
+
+def test_sentences_speak_of_these_models(report: dict[str, Any]):
+    findings = report["findings"]
+    assert re.fullmatch(
+        r"Of these two models, clips answers better, by \d+\.\d points of accuracy \[\d+\.\d, \d+\.\d\]\.", findings[0]
+    )
+    assert not any("method" in sentence for sentence in findings)
+    assert sum(sentence.startswith("Aim met: ") for sentence in findings) == 2
+    assert any("uses the picture" in sentence for sentence in findings)
+
+
+def test_the_headline_does_not_depend_on_the_order(
+    folder: Path, report: dict[str, Any], entries: list[Entry], tmp_path: Path
+):
+    turned = compare(entries[::-1], tmp_path, folder / "benchmarks")
+    assert turned.findings[0] == report["findings"][0]
+    assert turned.comparisons[0].difference == pytest.approx(-report["comparisons"][0]["difference"])
+
+
+def test_models_that_answer_alike_are_not_told_apart(copies: list[Entry], folder: Path, tmp_path: Path):
+    first = copies[0]
+    same = dataclasses.replace(first, name="twin")
+    found = compare([first, same], tmp_path / "out", folder / "benchmarks")
+    assert found.findings[0].startswith("These two models cannot be told apart")
+    assert found.comparisons[0].p_value == 1.0
+    assert found.comparisons[0].interval[0] < 0 < found.comparisons[0].interval[1]
+    assert "clips answers better" not in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_aims_missed_are_said_to_be(copies: list[Entry], folder: Path, tmp_path: Path):
+    zero_shot = read_json(copies[0].tower / "zero_shot.json")
+    zero_shot["text_to_image"]["R@1"] = 0.095
+    write_json(copies[0].tower / "zero_shot.json", zero_shot)
+    for task in ("pope", "mme", "gqa", "textvqa_val"):
+        shutil.copy(copies[0].real / f"{task}.jsonl", copies[0].blank)
+    found = compare(copies, tmp_path / "out", folder / "benchmarks")
+    assert [aim.met for aim in found.aims] == [False, False]
+    assert any("cannot be told whether the LLaVA with clips uses the picture" in finding for finding in found.findings)
+    assert "Aim missed" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_winner_needs_holm_and_the_interval():
+    def row(benchmark: str, interval: tuple[float, float], p_value: float) -> Comparison:
+        return Comparison(benchmark, "accuracy", "a", "b", sum(interval) / 2, interval, p_value, 100)
+
+    rows = [
+        row("all questions", (0.01, 0.09), 0.04),  # the primary comparison: its own p
+        row("pope", (0.01, 0.09), 0.04),  # 0.04 * 2
+        row("mme", (-0.2, -0.1), 0.001),
+        row("gqa", (-0.01, 0.2), 0.001),  # the interval holds zero
+        row("textvqa_val", (-0.1, 0.2), 0.3),
+    ]
+    assert verdicts(rows) == ["a", None, "b", None, None]
+
+
+# ----------------------------------------------------------------------------------------------------- page
+
+
+class Page(HTMLParser):
+    """Collects what a page would load, and checks that its tags close."""
+
+    VOID = ("meta", "img", "line", "rect", "circle", "polyline")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.loaded: list[str] = []
+        self.alt: list[str | None] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        own = dict(attributes)
+        self.loaded += [
+            str(own[name]) for name in ("src", "href", "srcset", "xlink:href", "data", "action") if name in own
+        ]
+        assert not any(name.startswith("on") for name in own), own
+        if tag == "img":
+            self.alt.append(own.get("alt"))
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attributes)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, (tag, self.getpos())
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_needs_nothing_else_and_escapes_all_text(html: str):
+    page = Page()
+    page.feed(html)
+    assert page.open == []
+    assert not {"script", "link", "iframe", "object", "base", "form"} & set(page.tags)
+    assert page.loaded and all(address.startswith("data:image/png;base64,") for address in page.loaded)
+    style = html[html.index("<style>") : html.index("</style>")]
+    assert "url(" not in style and "@import" not in style
+    assert "default-src 'none'" in html
+    assert HOSTILE not in html and "<script" not in html
+    assert HOSTILE in page.text  # an answer, shown as it is
+    assert all(page.alt)
+    assert "prefers-color-scheme: dark" in style
+
+
+def test_the_page_shows_what_was_found(html: str, report: dict[str, Any]):
+    page = Page()
+    page.feed(html)
+    text = " ".join(page.text.split())
+    for sentence in report["findings"]:
+        assert " ".join(sentence.split()) in text
+    for tower in report["towers"].values():
+        for figures in tower["benchmarks"].values():
+            assert f"{100 * figures['accuracy']:.1f}" in text
+            assert f"{100 * figures['blank']['accuracy']:.1f}" in text
+    for title in ("Contrastive, web captions", "Contrastive, sub-captions", "Caption loss", "R@1 in %", "Stage 1 loss",
+                  "Stage 2 loss"):  # fmt: skip
+        assert title in text
+    assert page.tags.count("polyline") == 2 * 7 - 2  # clip_mix has no sub-captions and no caption loss
+    assert "2.1 GFLOP" in text and "5.3 M" in text and "5 min 30 s" in text
+    assert "drawing" not in text and "12 s" in text  # the world's seconds
+    assert "pope_f1_score" in text
+
+
+def test_what_is_unknown_is_said_to_be(copies: list[Entry], folder: Path, tmp_path: Path):
+    (copies[0].tower / "zero_shot.json").unlink()
+    manifest = read_json(copies[1].tower / "manifest.json")
+    write_json(copies[1].tower / "manifest.json", manifest | {"outputs": {}})
+    found = compare(copies, tmp_path / "out", folder / "benchmarks")
+    assert found.towers["clips"]["zero_shot"] is None
+    assert found.towers["clip_mix"]["tower"]["flops_per_sample"] is None
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "unknown" in page and "not measured" in page
+    assert not any(row.benchmark.startswith("retrieval") for row in found.comparisons)
+
+
+def test_three_towers_are_compared_in_pairs(
+    copies: list[Entry], folder: Path, tmp_path: Path, questions: list[Question]
+):
+    third = make_entry(tmp_path / "third", "clip", questions, skill=0.6, seed=3)
+    found = compare([*copies, third], tmp_path / "out", folder / "benchmarks")
+    pairs = [(row.a, row.b) for row in found.comparisons if row.benchmark == "all questions"]
+    assert pairs == [("clips", "clip_mix"), ("clips", "clip"), ("clip_mix", "clip")]
+    page = Page()
+    page.feed((tmp_path / "out" / "report.html").read_text())
+    assert page.open == []
+
+
+def test_names_in_brackets_are_printed_as_they_are(
+    copies: list[Entry], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    named = [dataclasses.replace(copies[0], name="[red]a[/red]"), dataclasses.replace(copies[1], name="<b>")]
+    compare(named, tmp_path / "out", folder / "benchmarks")
+    assert "[red]a[/red]" in capsys.readouterr().out
+    assert "<b>&lt;b&gt;" not in (tmp_path / "out" / "report.html").read_text()
+    assert "&lt;b&gt;" in (tmp_path / "out" / "report.html").read_text()
+
+
+# -------------------------------------------------------------------------------------------------- samples
+
+
+def test_samples_show_the_right_picture_for_each_pattern(folder: Path, entries: list[Entry], questions: list[Question]):
+    from eval_suites.records import read_run
+
+    runs = [read_run(entry) for entry in entries]
+    patterns = samples.choose([run.records["real"] for run in runs], runs[0].suite, folder / "benchmarks")
+    assert sum(pattern.count for pattern in patterns) == len(questions)
+    assert [pattern.right for pattern in patterns] == [(True, False), (False, True), (True, True), (False, False)]
+    seeds = {"p": 0, "m": 1000, "g": 2000, "t": 3000}
+    for pattern in patterns:
+        assert 1 <= len(pattern.samples) <= samples.PER_PATTERN
+        for sample in pattern.samples:
+            assert tuple(record.right for record in sample.records) == pattern.right
+            assert len({(record.task, record.doc_id) for record in sample.records}) == 1
+            name = sample.records[0].cluster.rpartition(" ")[2]  # p3, m3, g3, t3
+            shown = Image.open(io.BytesIO(base64.b64decode(str(sample.picture).partition(",")[2])))
+            expected = Image.open(io.BytesIO(picture(seeds[name[0]] + int(name[1:]))))
+            assert np.array_equal(np.asarray(shown.convert("RGB")), np.asarray(expected))
+
+
+def test_samples_are_spread_over_tasks_and_lists():
+    keys = [("gqa", i) for i in range(90)] + [("mme", 5), ("pope", 1), ("pope", 2), ("pope", 3)]
+    assert samples.evenly_by_task(keys) == [("gqa", 22), ("gqa", 67), ("mme", 5), ("pope", 2)]
+    assert samples.evenly_by_task(keys[:2]) == keys[:2]
+    assert samples.evenly_by_task([]) == []
+
+
+def test_large_pictures_are_made_smaller(tmp_path: Path):
+    uri = samples._data_uri(Image.new("RGB", (1200, 600), "red"))
+    assert Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).size == (256, 128)
+
+
+def test_rows_are_found_across_files_and_row_groups(tmp_path: Path):
+    for part, start in enumerate((0, 25)):
+        rows = [{"question": f"q{i}", "other": i} for i in range(start, start + 25)]
+        write_parquet(tmp_path / f"test-{part}.parquet", rows, row_group=4)
+    files = sorted(tmp_path.glob("*.parquet"))
+    found = samples.read_rows(files, ["question"], [0, 3, 4, 24, 25, 49])
+    assert found == {i: {"question": f"q{i}"} for i in (0, 3, 4, 24, 25, 49)}
+    with pytest.raises(InputError, match="has 50 rows, but row 50"):
+        samples.read_rows(files, ["question"], [2, 50])
+    with pytest.raises(InputError, match=r"test-0\.parquet: cannot read the columns image"):
+        samples.read_rows(files, ["image"], [2])
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+def refused(entries: list[Entry], folder: Path, out: Path, match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        compare(entries, out / "out", folder / "benchmarks")
+    assert not (out / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (
+            {"question": "Is this another question?"},
+            "differ in the question of pope 3: 'Is there a .*' and 'Is this another",
+        ),
+        ({"target": "maybe"}, "differ in the target of pope 3"),
+        ({"cluster": "p77"}, "differ in the cluster of pope 3"),
+        ({"doc_id": 999}, "do not hold the same questions: pope 3 is in one of them only"),
+        ({"doc_id": 2}, r"pope\.jsonl, line 4: a second answer to question 2"),
+        ({"score": 1.5}, r"pope\.jsonl, line 4, score: Input should be less than or equal to 1"),
+        ({"score": None}, r"pope\.jsonl, line 4, score: .*run the evaluation again"),
+    ],
+)
+def test_other_questions_are_refused(
+    copies: list[Entry], folder: Path, tmp_path: Path, values: dict[str, Any], message: str
+):
+    edit(copies[1].shuffled / "pope.jsonl", 3, **values)
+    refused(copies, folder, tmp_path, message)
+
+
+def test_a_row_that_is_no_json_is_named(copies: list[Entry], folder: Path, tmp_path: Path):
+    path = copies[0].real / "gqa.jsonl"
+    path.write_text(path.read_text() + "{broken\n")
+    refused(copies, folder, tmp_path, r"gqa\.jsonl, line 31: not a JSON object")
+
+
+def test_a_question_too_few_is_named(copies: list[Entry], folder: Path, tmp_path: Path):
+    path = copies[1].real / "gqa.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-2]))
+    refused(copies, folder, tmp_path, "do not hold the same questions: gqa 28 is in one of them only")
+
+
+def test_unfinished_and_mistaken_folders_are_refused(copies: list[Entry], folder: Path, tmp_path: Path):
+    refused(
+        [dataclasses.replace(copies[0], align=tmp_path / "nowhere"), copies[1]],
+        folder,
+        tmp_path,
+        "nowhere: no such folder",
+    )
+    refused([dataclasses.replace(copies[0], align=copies[0].tune), copies[1]], folder, tmp_path, "'align' is needed")
+    swapped = dataclasses.replace(copies[0], blank=copies[0].real)
+    refused([swapped, copies[1]], folder, tmp_path, "evaluated with real pictures; blank ones are needed")
+    (copies[0].tune / "manifest.json").unlink()
+    refused(copies, folder, tmp_path, "has not finished")
+
+
+def test_answers_of_another_model_are_refused(copies: list[Entry], folder: Path, tmp_path: Path):
+    mixed = dataclasses.replace(copies[0], blank=copies[1].blank)
+    refused([mixed, copies[1]], folder, tmp_path, "clip_mix/blank: answered by another model than that of .*clips/tune")
+
+
+def test_evaluations_under_other_settings_are_refused(copies: list[Entry], folder: Path, tmp_path: Path):
+    manifest = read_json(copies[1].real / "manifest.json")
+    manifest["config"]["dtype"] = "bfloat16"
+    write_json(copies[1].real / "manifest.json", manifest)
+    refused(copies, folder, tmp_path, 'were evaluated differently .*dtype: "float32" → "bfloat16"')
+
+
+def test_towers_need_names_of_their_own(copies: list[Entry], folder: Path, tmp_path: Path):
+    refused([copies[0], copies[0]], folder, tmp_path, "different names")
+    refused(copies[:1], folder, tmp_path, "two or more towers")
+
+
+def test_other_benchmark_files_are_refused(copies: list[Entry], folder: Path, tmp_path: Path):
+    with pytest.raises(InputError, match="no such folder"):
+        compare(copies, tmp_path / "out", tmp_path / "nothing")
+    other = tmp_path / "benchmarks"
+    shutil.copytree(folder / "benchmarks", other)
+    path = other / "lmms-lab-encoder/MME/data/test-00000-of-00001.parquet"
+    write_parquet(path, pq.read_table(path).to_pylist()[::-1])
+    with pytest.raises(InputError, match="give the folder of the benchmarks that were evaluated"):
+        compare(copies, tmp_path / "out", other)
+
+
+def test_a_damaged_picture_is_named(copies: list[Entry], folder: Path, tmp_path: Path):
+    other = tmp_path / "benchmarks"
+    shutil.copytree(folder / "benchmarks", other)
+    path = other / "lmms-lab-encoder/textvqa/data/validation-00000-of-00001.parquet"
+    rows = pq.read_table(path).to_pylist()
+    for row in rows:
+        row["image"]["bytes"] = row["image"]["bytes"][:90]
+    write_parquet(path, rows)
+    with pytest.raises(InputError, match=r"textvqa/data, row \d+: not a readable picture"):
+        compare(copies, tmp_path / "out", other)
+
+
+# --------------------------------------------------------------------------------------------------- charts
+
+
+@pytest.mark.parametrize("low, high", [(0, 0.37), (0, 38_400), (1.93, 4.8), (2.0, 2.0), (0, 0), (0, 1e-7), (-3.2, 9.1)])
+def test_ticks_are_few_and_round_and_enclose_the_low_end(low: float, high: float):
+    found = ticks(low, high)
+    assert 1 <= len(found) <= 6
+    assert found[0] <= low + 1e-12
+    steps = np.diff(found)
+    assert np.allclose(steps, steps[0]) if len(steps) else True
+    assert all(step == 0 or re.match(r"[125]\.?0*e", f"{step:e}") for step in steps)
+
+
+def test_a_chart_stays_in_its_box_and_names_its_lines():
+    rng = np.random.default_rng(0)
+    points = [(float(x), float(y)) for x, y in zip(range(1, 1001), rng.normal(5, 2, 1000), strict=True)]
+    svg = str(
+        line_chart("loss <1>", [Line("a & b", 0, points), Line("c", 1, points[:1]), Line("d", 2, [])], "steps", 1.0)
+    )
+    assert "loss &lt;1&gt;" in svg and "a &amp; b" in svg
+    drawn = [
+        tuple(map(float, pair.split(","))) for path in re.findall(r'points="([^"]+)"', svg) for pair in path.split()
+    ]
+    assert len(drawn) == MOST_POINTS + 1
+    assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in drawn)
+    assert svg.count('class="reference"') == 1
+
+
+def test_long_curves_become_means():
+    points = [(float(i), float(i % 7)) for i in range(1, 1000)]
+    found = averaged(points)
+    assert len(found) <= MOST_POINTS
+    assert found[0] == (5.5, np.mean([y for _, y in points[:10]]))
+    assert averaged(points[:50]) == points[:50]
+
+
+def test_words_for_numbers():
+    assert [duration(value) for value in (None, 3.2, 190, 7_260)] == ["unknown", "3 s", "3 min 10 s", "2 h 1 min"]
+    assert [quantity(value, "FLOP") for value in (None, 2.1e9, 8.06e13)] == ["unknown", "2.1 GFLOP", "80.6 TFLOP"]
+    assert quantity(412) == "412"
+    assert [short(value) for value in (0.5, 1200, 0)] == ["0.5", "1.2k", "0"]
+
+
+def test_runs_that_do_not_go_on_from_each_other_are_refused(copies: list[Entry], folder: Path, tmp_path: Path):
+    a, b = copies
+    refused([a, dataclasses.replace(b, align=a.align)], folder, tmp_path, "trained with another tower")
+    with_others_tower = dataclasses.replace(b, tower=a.tower, align=a.align)
+    refused([a, with_others_tower], folder, tmp_path, "goes on from another stage 1")
+
+
+def test_an_entry_is_found_by_its_folder():
+    entry = Entry.of(Path("runs/clips"))
+    assert (
+        entry.name == "clips" and entry.blank == Path("runs/clips/eval/blank") and entry.tune == Path("runs/clips/tune")
+    )
