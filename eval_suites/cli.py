@@ -25,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"\ninterrupted{f': {interrupt}' if str(interrupt) else '; run the same command to go on'}", file=sys.stderr)
+        print(
+            f"\ninterrupted{f': {interrupt}' if str(interrupt) else '; run the same command to go on'}", file=sys.stderr
+        )
         return 130
     return 0
 
@@ -52,10 +54,14 @@ def _parser() -> argparse.ArgumentParser:
     actions = evaluate.add_subparsers(metavar="ACTION", required=True)
     _configured(actions, "run", "answer a suite through lmms-eval's own task code", _eval_run)
 
-    compare = stages.add_parser("compare", help="towers side by side, with statistics: terminal, JSON and one HTML page")
-    compare.add_argument("runs", nargs="+", type=Path, metavar="FOLDER",
-                         help="holds tower/, align/, tune/ and eval/{real,blank,shuffled}/; its name becomes the tower's")  # fmt: skip
-    compare.add_argument("--data", required=True, type=Path, help="the benchmarks' files, where the page's pictures come from")
+    compare = stages.add_parser(
+        "compare", help="towers side by side, with statistics: terminal, JSON and one HTML page"
+    )
+    holds = "holds tower/, align/, tune/ and eval/{real,blank,shuffled}/; its name becomes the tower's"
+    compare.add_argument("runs", nargs="+", type=Path, metavar="FOLDER", help=holds)
+    compare.add_argument(
+        "--data", required=True, type=Path, help="the benchmarks' files, where the page's pictures come from"
+    )
     compare.add_argument("--out", required=True, type=Path, help="gets report.html and report.json")
     compare.set_defaults(run=_compare)
 
@@ -68,7 +74,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _configured(stages: Any, name: str, summary: str, run: Callable[[argparse.Namespace], Any]) -> None:
     """A stage whose arguments are `[RECIPE] [key=value …]`; `--keys` lists the keys."""
-    stage = stages.add_parser(name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+    stage = stages.add_parser(
+        name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     stage.add_argument("settings", nargs="*", metavar="RECIPE | key=value",
                        help="first, if at all, a recipe's name or .yaml file; then dotted overrides")  # fmt: skip
     stage.add_argument("--keys", action="store_true", help="list the keys with their types and defaults, and stop")

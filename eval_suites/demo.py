@@ -79,7 +79,12 @@ def _stages(size: str, out: Path) -> list[tuple[str, Callable[[], object]]]:
         from eval_suites.benchmarks import EvalConfig, run_suite
 
         model, folder = out / tower / "tune" / "model", out / tower / "eval"
-        settings = [f"model={model}", f"out={folder}", f"data={world / 'benchmarks'}", "pictures=[real, blank, shuffled]"]
+        settings = [
+            f"model={model}",
+            f"out={folder}",
+            f"data={world / 'benchmarks'}",
+            "pictures=[real, blank, shuffled]",
+        ]
         run_suite(load_config(EvalConfig, None, settings))
 
     def for_towers(name: str, stage: Callable[[str], None]) -> list[tuple[str, Callable[[], object]]]:

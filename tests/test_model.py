@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -120,10 +121,8 @@ def test_decoder_equals_the_dense_mask_forward_and_backward(target_length: int) 
     results = []
     for fast in (True, False):
         leaves = [value.clone().requires_grad_() for value in inputs]
-        if fast:
-            hidden = model.decoder(*leaves, target_length)
-        else:
-            hidden = dense_decoder(model, *leaves)[:, :target_length]
+        run = partial(model.decoder, target_length=target_length) if fast else partial(dense_decoder, model)
+        hidden = run(*leaves)[:, :target_length]
         model.zero_grad()
         (hidden * torch.arange(hidden.numel()).view(hidden.shape).cos()).sum().backward()
         gradients = [v.grad for _, v in model.decoder.named_parameters() if v.grad is not None]
