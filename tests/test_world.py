@@ -412,7 +412,7 @@ def test_retrieval_sentences_are_unique_and_describe_the_whole_scene(
 
 def test_llava_records_have_llavas_shape(world: Path, llava: dict[str, Any]) -> None:
     assert (len(llava["align"]), len(llava["tune"])) == (100, 500)
-    for name, turns in (("align", {1}), ("tune", {6, 7, 8})):
+    for name, turns in (("align", {1}), ("tune", {6, 7, 8, 9})):
         lengths = set()
         for record in llava[name]:
             assert set(record) == {"id", "image", "conversations"}
@@ -430,15 +430,15 @@ def test_llava_records_have_llavas_shape(world: Path, llava: dict[str, Any]) -> 
 
 
 def questions_of(llava: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
-    """(question, answer, scene) of all short questions of the tuning data."""
+    """(question, answer, scene) of all conversations of the tuning data that ask for short answers, at their beginning."""
     found = []
     for record in llava["tune"]:
         values = [turn["value"] for turn in record["conversations"]]
-        for question, reply in zip(values[::2], values[1::2], strict=True):
-            if question.endswith(SUFFIX):
-                found.append(
-                    (question.removeprefix("<image>\n").removesuffix(SUFFIX), reply, llava["scenes"][record["id"]])
-                )
+        if values[0].endswith(SUFFIX):
+            values[0] = values[0].removeprefix("<image>\n").removesuffix(SUFFIX)
+            scene = llava["scenes"][record["id"]]
+            found += [(question, reply, scene) for question, reply in zip(values[::2], values[1::2], strict=True)]
+        assert not any(SUFFIX in value for value in values)
     return found
 
 

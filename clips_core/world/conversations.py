@@ -14,6 +14,7 @@ from clips_core.world.scenes import OPPOSITE, Scene, Thing, draw_name, relation
 from clips_core.world.settings import Rules
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."  # LLaVA-1.5's own suffix
+SHORT_SHARE = 0.75  # of the conversations; the others answer in sentences
 DESCRIBE_BRIEFLY = (
     "Give a short description of this picture.", "Write a brief caption for the image.", "Summarize what the image shows.",
     "In one sentence, say what is in the picture.", "Provide a concise caption.", "What does this image show, in short?",
@@ -218,18 +219,20 @@ def align_record(key: str, scene: Scene, rng: random.Random) -> dict[str, Any]:
 
 
 def tune_record(key: str, scene: Scene, rules: Rules, rng: random.Random) -> dict[str, Any]:
-    """A picture and 6 to 8 questions with answers, in the shape of LLaVA's stage 2 data."""
-    asks = _asks(scene, rules, rng, rng.randint(5, 7))
+    """A picture and 6 to 8 questions with answers, in the shape of LLaVA's stage 2 data.
+
+    As there, a conversation is either of short answers, asked for once at its beginning, or of whole sentences; one of
+    sentences ends in a description.
+    """
+    asks = _asks(scene, rules, rng, rng.randint(6, 8))
     rng.shuffle(asks)
     if rng.random() < 0.5:  # an earlier turn must not always give existence away
         asks.sort(key=lambda ask: ask.kind != "exists")
-    turns = []
-    for ask in asks:
-        question = ask.phrased(rng.choice(TEMPLATES[ask.kind]))
-        if rng.random() < 0.75:
-            turns.append((question + SHORT_ANSWER, ask.short))
-        else:
-            turns.append((question, ask.sentence))
+    questions = [ask.phrased(rng.choice(TEMPLATES[ask.kind])) for ask in asks]
+    if rng.random() < SHORT_SHARE:
+        questions[0] += SHORT_ANSWER
+        return _record(key, list(zip(questions, [ask.short for ask in asks], strict=True)))
+    turns = list(zip(questions, [ask.sentence for ask in asks], strict=True))
     turns.append((rng.choice(DESCRIBE), written(describe(scene, rng, 3, 4))))  # last: it answers everything else
     return _record(key, turns)
 
