@@ -84,7 +84,7 @@ def pretrain(config: PretrainConfig) -> Path:
 
     # -------------------------------------------------------------------------------------------------- loop
     print(
-        f"pretraining {config.out.name}: {config.method}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
+        f"pretraining {config.out}: {config.method}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
         f"{flops / 1e9:.2f} GFLOP a picture (forward and backward), {config.samples} pictures on {device}"
     )
     model.train()
@@ -92,7 +92,7 @@ def pretrain(config: PretrainConfig) -> Path:
     stream = batches(
         dataset, step * config.batch_size, total_steps * config.batch_size, config.batch_size, config.data.workers
     )
-    with stop_requested() as stop, tqdm(total=total_steps, initial=step, unit="step", desc=config.out.name) as bar:
+    with stop_requested() as stop, tqdm(total=total_steps, initial=step, unit="step", desc=f"pretrain {config.method}") as bar:
         for batch in stream:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step * config.batch_size, config)
@@ -145,7 +145,7 @@ def pretrain(config: PretrainConfig) -> Path:
         write_json(config.out / "zero_shot.json", result)
         log.log(step=step, samples=step * config.batch_size, seconds=seconds, zero_shot=_summary(result))
         outputs["zero_shot"] = _summary(result)
-        print(f"{config.out.name}: {_sentence(result)}")
+        print(f"{config.out}: {_sentence(result)}, {seconds:.0f} seconds")
     formats.export(model, tokenizer, config.out / "export")
     write_manifest(config.out, STAGE, config, inputs, outputs)
     return config.out

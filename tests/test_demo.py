@@ -102,7 +102,7 @@ print(type(model).__name__, (inputs["input_ids"] == model.config.image_token_id)
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=run, env={**os.environ, "PYTHONPATH": ""}
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.split()[-2:] == ["LlavaForConditionalGeneration", "36"]
+    assert result.stdout.split()[-2:] == ["LlavaForConditionalGeneration", "16"]
 
 
 def test_each_stage_says_where_it_stands(run: Path) -> None:

@@ -246,7 +246,7 @@ def _record(key: str, turns: list[tuple[str, str]]) -> dict[str, Any]:
 
 
 def _asks(scene: Scene, rules: Rules, rng: random.Random, number: int) -> list[Ask]:
-    """Different questions: existence twice, then count, colour, position and the printed word, then more of those.
+    """Different questions: existence three times, then count, colour, position and the printed word, then more of those.
 
     Whether the answer shall be yes is drawn before the question and kept while a question is sought that was not asked
     before; else `no`, which has more variants, would win.
@@ -280,7 +280,7 @@ def _asks(scene: Scene, rules: Rules, rng: random.Random, number: int) -> list[A
         return ask_word(scene) if rng.random() < 0.6 else ask_word_is(scene, rules, rng, yes)
 
     topics: list[Callable[[bool], Ask | None]] = [count, colour, position, *([reading] if scene.word else [])]
-    pending = [existence, existence, *topics]
+    pending = [existence, existence, existence, *topics]
     asks: list[Ask] = []
     while len(asks) < number:
         topic = pending.pop(0) if pending else rng.choice(topics)

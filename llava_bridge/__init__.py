@@ -1,0 +1,1 @@
+"""Put any vision tower into a LLaVA."""
