@@ -92,7 +92,10 @@ def pretrain(config: PretrainConfig) -> Path:
     stream = batches(
         dataset, step * config.batch_size, total_steps * config.batch_size, config.batch_size, config.data.workers
     )
-    with stop_requested() as stop, tqdm(total=total_steps, initial=step, unit="step", desc=f"pretrain {config.method}") as bar:
+    with (
+        stop_requested() as stop,
+        tqdm(total=total_steps, initial=step, unit="step", desc=f"pretrain {config.method}") as bar,
+    ):
         for batch in stream:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step * config.batch_size, config)
