@@ -40,10 +40,6 @@ def pretrain(config: PretrainConfig) -> Path:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # launched by torchrun: each process would train a model of its own
         raise InputError("pretraining runs in one process so far; start it without torchrun")
     tokenizer = ClipsTokenizer(config.data.vocab or BERT_VOCAB)
-    if len(tokenizer) > config.model.vocab_size:
-        raise InputError(
-            f"vocabulary {tokenizer.vocab_path} has {len(tokenizer)} entries, but model.vocab_size is {config.model.vocab_size}"
-        )
     dataset = PretrainDataset(
         config.data,
         config.method,
@@ -53,6 +49,10 @@ def pretrain(config: PretrainConfig) -> Path:
         config.model.learnable_tokens,
         config.seed,
     )
+    if len(tokenizer) > config.model.vocab_size:
+        raise InputError(
+            f"vocabulary {tokenizer.vocab_path} has {len(tokenizer)} entries, but model.vocab_size is {config.model.vocab_size}"
+        )
     inputs = {"data": fingerprint(dataset.shards), "vocab": sha256_file(tokenizer.vocab_path)}
     if is_finished(config.out, STAGE, config, inputs):
         return config.out

@@ -67,7 +67,7 @@ class Report:
 def analyse(runs: Sequence[Run], seconds: Mapping[str, float]) -> Report:
     """Figures, tests and sentences of `runs`, which answered the same questions.
 
-    `seconds`: what stages outside the runs' folders took.
+    `seconds`: what stages took on the clock, where somebody measured it; the others' are read from the folders.
     """
     groups = question_groups(runs[0].records["real"])
     towers = {run.name: tower_figures(run, groups) for run in runs}
@@ -83,7 +83,8 @@ def analyse(runs: Sequence[Run], seconds: Mapping[str, float]) -> Report:
         for scores, clusters in [_scores(run.records["real"], keys)]
         for other, _ in [_scores(run.records[pictures], keys)]
     ]
-    stages = {stage: value for run in runs for stage, value in stage_seconds(run).items()}
+    read = {stage: value for run in runs for stage, value in stage_seconds(run).items()}
+    stages = {stage: value for stage, value in read.items() if whole_stage(stage) not in seconds}
     aims = [aim for run in runs for aim in aims_of(run, towers[run.name], controls)]
     findings = sentences(towers, comparisons, controls) + [
         f"Aim {'met' if aim.met else 'missed'}: {aim.text} ({aim.figures})." for aim in aims
@@ -92,6 +93,11 @@ def analyse(runs: Sequence[Run], seconds: Mapping[str, float]) -> Report:
 
 
 # ----------------------------------------------------------------------------------------------------- figures
+
+
+def whole_stage(stage: str) -> str:
+    """`eval clips, blank` is a part of `eval clips`; any other stage is its own whole."""
+    return stage.partition(",")[0]
 
 
 def stage_seconds(run: Run) -> dict[str, float]:

@@ -94,7 +94,7 @@ def render(report: Report, runs: Sequence[Run], patterns: Sequence[Pattern]) -> 
         other_seconds={
             stage: value
             for stage, value in report.seconds.items()
-            if not any(stage in comparison.stage_seconds(run) for run in runs)
+            if not any(stage in map(comparison.whole_stage, comparison.stage_seconds(run)) for run in runs)
         },
         directions=DIRECTIONS,
         recalls=RECALLS,

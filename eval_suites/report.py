@@ -34,7 +34,7 @@ def compare(entries: Sequence[Entry], out: Path, data: Path, seconds: Mapping[st
 
     Args:
         data: folder that holds the benchmarks' files (`lmms-lab-encoder/…`), where the page's pictures come from.
-        seconds: what stages outside the entries' folders took (drawing the sample world, say).
+        seconds: what stages took on the clock, where that is known (the demo's, the drawing of the world among them).
 
     Raises:
         InputError: if a folder is missing, unfinished or another stage's, a file is malformed, or two runs did not answer

@@ -53,7 +53,7 @@ def test_report_has_what_it_promises(run: Path, report: dict[str, Any]) -> None:
     for tower in report["towers"].values():
         assert {"tower", "mllm", "zero_shot", "benchmarks"} <= tower.keys()
         assert set(tower["benchmarks"]) >= set(BENCHMARKS)
-        assert Path(tower["tower"]).is_dir() and Path(tower["mllm"]).is_dir()
+        assert Path(tower["tower"]["path"]).is_dir() and Path(tower["mllm"]["path"]).is_dir()
     compared = {row["benchmark"] for row in report["comparisons"]}
     assert set(BENCHMARKS) <= compared
     for row in report["comparisons"]:
