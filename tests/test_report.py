@@ -262,6 +262,8 @@ def test_report_json_has_the_promised_shape(report: dict[str, Any]):
     assert report["seconds"]["pretrain clips"] == 330.0
     assert report["seconds"]["tune clip_mix"] == pytest.approx(96.0)  # from its log: its manifest says nothing
     assert report["seconds"]["eval clips, blank"] == 31.5
+    assert report["environment"]["python"]
+    assert all(isinstance(sentence, str) for sentence in report["findings"])
 
 
 def test_a_stage_on_the_clock_is_not_counted_twice(copies: list[Entry], folder: Path, tmp_path: Path):
@@ -269,8 +271,6 @@ def test_a_stage_on_the_clock_is_not_counted_twice(copies: list[Entry], folder: 
     seconds = compare(copies, tmp_path, folder / "benchmarks", clock).seconds
     assert {stage: seconds[stage] for stage in clock} == clock
     assert not any(stage.startswith("eval clips,") for stage in seconds) and "eval clip_mix, blank" in seconds
-    assert report["environment"]["python"]
-    assert all(isinstance(sentence, str) for sentence in report["findings"])
 
 
 def test_figures_equal_plain_recomputation(report: dict[str, Any], entries: list[Entry]):
