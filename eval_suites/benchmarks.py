@@ -239,7 +239,7 @@ def _dtype_name(precision: Precision) -> str:
     """`auto` resolved for this machine."""
     if precision != "auto":
         return precision
-    from llava_bridge.train import resolve_precision
+    from llava_bridge.precision import resolve_precision
 
     return str(resolve_precision(precision)).removeprefix("torch.")
 

@@ -45,7 +45,7 @@ from clips_core.folders import (
     write_json,
     write_manifest,
 )
-from llava_bridge.config import AlignConfig, LoraConfig, Precision, StageConfig, TuneConfig
+from llava_bridge.config import AlignConfig, LoraConfig, StageConfig, TuneConfig
 from llava_bridge.conversations import (
     IGNORE,
     Collator,
@@ -68,6 +68,7 @@ from llava_bridge.mllm import (
     projector_parameters,
     save_mllm,
 )
+from llava_bridge.precision import resolve_precision
 from llava_bridge.towers import load_tower
 
 COMPLETE = "complete.json"  # a checkpoint's last file: without it the checkpoint does not count
@@ -152,22 +153,6 @@ def tune(config: TuneConfig) -> Path:
 def settings(config: StageConfig) -> dict[str, Any]:
     """The settings that make a result what it is."""
     return {key: value for key, value in to_dict(config).items() if key not in WITHOUT_EFFECT}
-
-
-def resolve_precision(precision: Precision) -> torch.dtype:
-    """`auto` is bfloat16 where the hardware multiplies it: elsewhere it is emulated, far slower than float32."""
-    if precision == "auto":
-        native = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else _cpu_multiplies_bfloat16()
-        return torch.bfloat16 if native else torch.float32
-    return torch.bfloat16 if precision == "bfloat16" else torch.float32
-
-
-def _cpu_multiplies_bfloat16() -> bool:
-    try:
-        flags = Path("/proc/cpuinfo").read_text().split()
-    except OSError:
-        return False
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
 
 
 def choose_attention(model: LlavaForConditionalGeneration) -> None:

@@ -22,13 +22,13 @@ from clips_core.folders import read_manifest, sha256_file
 from llava_bridge.config import AlignConfig, ConversationConfig, LoraConfig, TuneConfig
 from llava_bridge.conversations import Collator, Encoder, read_conversations
 from llava_bridge.mllm import build_mllm, load_mllm
+from llava_bridge.precision import resolve_precision
 from llava_bridge.towers import load_tower
 from llava_bridge.train import (
     COMPLETE,
     add_lora,
     align,
     merge_lora,
-    resolve_precision,
     set_trainable,
     supervised_loss,
     trainable_table,
