@@ -8,7 +8,6 @@ after its last whole shard.
 
 import collections
 import contextlib
-import csv
 import hashlib
 import io
 import json
@@ -36,6 +35,7 @@ from clips_core.config import FORBID, to_dict
 from clips_core.errors import InputError
 from clips_core.folders import MetricsLog, is_finished, write_bytes, write_manifest
 from clips_core.images import MAX_PIXELS, open_image
+from clips_core.listings import csv_rows, is_inside
 from clips_core.shards import write_shard
 from clips_core.tokenizer import RESERVED, train_vocab
 
@@ -214,30 +214,19 @@ def _read_listing(listing: Path) -> list[Listed]:
     """
     listed: list[Listed] = []
     with open(listing, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        for number, row in _csv_rows(listing, file) if listing.suffix.lower() == ".csv" else _jsonl_rows(listing, file):
+        is_csv = listing.suffix.lower() == ".csv"
+        rows = csv_rows(listing, file, required=("image", "caption")) if is_csv else _jsonl_rows(listing, file)
+        for number, row in rows:
             where = f"{listing}, line {number}"
             image, caption, synthetic = (row.get(key) for key in ("image", "caption", "synthetic_caption"))
             if not isinstance(image, str) or not image:
                 raise InputError(f"{where}: no image")
             if not all(value is None or isinstance(value, str) for value in (caption, synthetic)):
                 raise InputError(f"{where}: a caption must be a text")
-            path = PurePosixPath(image)
-            if path.is_absolute() or ".." in path.parts or "\0" in image:
+            if not is_inside(image):
                 raise InputError(f"{where}: image {image!r} must be relative to the listing's folder, and inside it")
-            listed.append(Listed(str(path), caption or "", synthetic or ""))
+            listed.append(Listed(str(PurePosixPath(image)), caption or "", synthetic or ""))
     return listed
-
-
-def _csv_rows(listing: Path, file: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(file, strict=True)
-    try:
-        missing = {"image", "caption"} - set(reader.fieldnames or ())
-        if missing:
-            raise InputError(f"{listing}, line 1: no column {' and no column '.join(sorted(missing))} in the header")
-        for row in reader:
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise InputError(f"{listing}, line {reader.reader.line_num}: not CSV ({error})") from None
 
 
 def _jsonl_rows(listing: Path, file: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:

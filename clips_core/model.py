@@ -14,8 +14,11 @@ import torch.nn.functional as F
 from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
+from torch.utils.checkpoint import checkpoint
 
 from clips_core.config import ModelConfig, TransformerConfig
+from clips_core.loss import summed_caption_loss
+from clips_core.tokenizer import BOS
 
 NORM_EPS = 1e-6
 
@@ -95,26 +98,71 @@ class CLIPS(nn.Module):
         self.decoder = CaptionDecoder(config, config.decoder) if config.decoder is not None else None
         init_weights(self)
 
-    def forward(self, image: Tensor, texts: Tensor, target_length: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Features of pictures and of their texts, and what the decoder makes of them.
+    def forward(
+        self, image: Tensor, texts: Tensor, target: Tensor | None = None, teacher_forced: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Features of pictures and of their texts, and how badly the decoder writes the captions. All in one forward, which is what
+        DDP and FSDP hook into.
 
         Args:
             image: [B, 3, H, W], normalised.
             texts: token ids [B, K, T]; `texts[:, 0]` is the one that the decoder reads (the web caption).
-            target_length: how many learnable tokens to run, M; 0 leaves the decoder out.
+            target: token ids [B, M] of the captions to write, pads ignored; None leaves the decoder out.
+            teacher_forced: the captioner of CoCa, see `caption_states`.
 
         Returns:
-            image features [B, E] and text features [B, K, E], both L2-normalised; decoder states [B, M, D] or None.
+            image features [B, E] and text features [B, K, E], both L2-normalised; the summed cross-entropy at all targets, or None.
         """
+        z_img, z_txt, image_tokens, web_tokens = self.encode(image, texts)
+        if target is None or self.decoder is None:
+            return z_img, z_txt, None
+        hidden = self.caption_states(image_tokens, web_tokens, target, teacher_forced)
+        return z_img, z_txt, summed_caption_loss(hidden, self.decoder.head.weight, target)
+
+    def set_activation_checkpointing(self) -> None:
+        """From now on, keep only what enters each block, and compute the rest again in the backward pass."""
+        self.visual.set_grad_checkpointing(True)
+        self.text.set_grad_checkpointing(True)
+        if self.decoder is not None:
+            self.decoder.activation_checkpointing = True
+
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of all transformers: the units that are compiled, and sharded."""
+        transformers = [self.visual.transformer.resblocks, self.text.transformer.resblocks]
+        return [*transformers[0], *transformers[1], *(self.decoder.blocks if self.decoder is not None else ())]
+
+    def encode(self, image: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """L2-normalised features [B, E] and [B, K, E]; what the decoder reads of image [B, N, D] and first text [B, T − 1, D]."""
         batch, kinds, length = texts.shape
         image_feature, image_tokens = self.visual(image)
         text_feature, text_tokens = self.text(texts.reshape(batch * kinds, length))
-        hidden = None
-        if self.decoder is not None and target_length:
-            web_tokens = text_tokens.view(batch, kinds, length, -1)[:, 0, :-1]
-            hidden = self.decoder(image_tokens, web_tokens, target_length)
+        web_tokens = text_tokens.view(batch, kinds, length, -1)[:, 0, :-1]
         text_feature = text_feature.view(batch, kinds, -1)
-        return F.normalize(image_feature, dim=-1), F.normalize(text_feature, dim=-1), hidden
+        return F.normalize(image_feature, dim=-1), F.normalize(text_feature, dim=-1), image_tokens, web_tokens
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """L2-normalised features [B, E] of pictures [B, 3, H, W]."""
+        return F.normalize(self.visual(image)[0], dim=-1)
+
+    def encode_text(self, text: Tensor) -> Tensor:
+        """L2-normalised features [B, E] of token ids [B, T]."""
+        return F.normalize(self.text(text)[0], dim=-1)
+
+    def caption_states(
+        self, image_tokens: Tensor, web_tokens: Tensor, target: Tensor, teacher_forced: bool = False
+    ) -> Tensor:
+        """The decoder's states [B, M, D] at the places of `target` [B, M]; its `head` makes logits of them.
+
+        Teacher-forced, as in CoCa (arXiv 2205.01917): a place sees the image and the target's tokens before it, never the text
+        tower's tokens, since the text is the very caption that is to be written.
+        """
+        assert self.decoder is not None
+        if not teacher_forced:
+            states: Tensor = self.decoder(image_tokens, web_tokens, target.shape[1])
+            return states
+        before = F.pad(target, (1, 0), value=BOS)[:, :-1]
+        states = self.decoder(image_tokens, None, target.shape[1], self.text.token_embedding(before))
+        return states
 
 
 class CaptionDecoder(nn.Module):
@@ -132,20 +180,32 @@ class CaptionDecoder(nn.Module):
         self.blocks = nn.ModuleList(DecoderBlock(config.width, config.heads) for _ in range(config.layers))
         self.ln_final = nn.LayerNorm(config.width, eps=NORM_EPS)
         self.head = nn.Linear(config.width, model.vocab_size, bias=False)
+        self.activation_checkpointing = False
 
-    def forward(self, image_tokens: Tensor, text_tokens: Tensor, target_length: int) -> Tensor:
+    def forward(
+        self, image_tokens: Tensor, text_tokens: Tensor | None, target_length: int, previous: Tensor | None = None
+    ) -> Tensor:
         """States of the first `target_length` = M learnable tokens after the final LayerNorm, [B, M, D]; logits are `head` of them.
 
         A learnable token never sees a later one, so leaving out those beyond the batch's longest target changes nothing.
 
         Args:
             image_tokens: [B, N, D_image], the last block's patch tokens before any LayerNorm.
-            text_tokens: [B, T − 1, D_text], the text encoder's block outputs of all positions but the last.
+            text_tokens: [B, T − 1, D_text], the text encoder's block outputs of all positions but the last; None: the image alone.
+            previous: embeddings [B, M, D_text] of the tokens before each place, for a teacher-forced captioner.
         """
-        prefix = torch.cat([self.image_proj(image_tokens), self.text_proj(text_tokens)], dim=1)  # [B, P, D]
+        prefix = self.image_proj(image_tokens)
+        if text_tokens is not None:
+            prefix = torch.cat([prefix, self.text_proj(text_tokens)], dim=1)  # [B, P, D]
         queries = self.learnable_tokens[:target_length].to(prefix.dtype).expand(len(prefix), -1, -1)  # [B, M, D]
+        if previous is not None:
+            queries = queries + self.text_proj(previous)
         for number, block in enumerate(self.blocks, start=1):
-            prefix, queries = block(prefix, queries, last=number == len(self.blocks))
+            last = number == len(self.blocks)
+            if self.activation_checkpointing and self.training:
+                prefix, queries = checkpoint(block, prefix, queries, last, use_reentrant=False)
+            else:
+                prefix, queries = block(prefix, queries, last)
         return self.ln_final(queries)
 
 

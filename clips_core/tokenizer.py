@@ -12,7 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from clips_core.errors import InputError
-from clips_core.folders import write_bytes
+from clips_core.folders import read_json, write_bytes
 
 PAD, BOS, EOS, UNK, CLS = 0, 1, 2, 100, 101
 BERT_VOCAB = Path(__file__).with_name(
@@ -23,7 +23,7 @@ RESERVED = ("[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[S
 
 
 class ClipsTokenizer:
-    """WordPiece over a `vocab.txt` whose first 104 lines are BERT's.
+    """WordPiece over a `vocab.txt` (or the vocabulary of a `tokenizer.json`) whose first 104 entries are BERT's.
 
     Special tokens written literally in a caption (`[CLS]`, `[unused0]`) are plain characters here, as in the released
     models: a caption cannot forge a bos or eos.
@@ -46,9 +46,18 @@ class ClipsTokenizer:
 
     def encode(self, texts: Sequence[str], length: int) -> np.ndarray:
         """Ids for the text encoder, int64 [len(texts), length]; a body that is too long is cut so that eos and CLS stay."""
-        ids = np.full((len(texts), length), PAD, dtype=np.int64)
-        for row, text in zip(ids, texts, strict=True):
-            body = self._body(text)[: length - 3]
+        return self.frame([self.body(text) for text in texts], length)
+
+    def body(self, text: str) -> tuple[int, ...]:
+        """The ids of a text alone, of whatever length."""
+        return self._body(text)
+
+    @staticmethod
+    def frame(bodies: Sequence[Sequence[int]], length: int) -> np.ndarray:
+        """`[bos] body [eos] pad … pad [CLS]` of each body, int64 [len(bodies), length], cut as in `encode`."""
+        ids = np.full((len(bodies), length), PAD, dtype=np.int64)
+        for row, body in zip(ids, bodies, strict=True):
+            body = body[: length - 3]
             row[0], row[1 + len(body)], row[-1] = BOS, EOS, CLS
             row[1 : 1 + len(body)] = body
         return ids
@@ -61,7 +70,11 @@ class ClipsTokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Words up to the first eos; pads and reserved ids are left out."""
+        """The text up to the first eos, lower-cased as the ids are; pads and reserved ids are left out.
+
+        Pieces (`##s`) join the word before them, and punctuation is set as in print where that is clear: "it's a close-up, no?".
+        Encoding the result again gives the same ids: white space beside punctuation means nothing to the tokenizer.
+        """
         words: list[str] = []
         for i in ids:
             if i == EOS:
@@ -69,11 +82,11 @@ class ClipsTokenizer:
             token = self.tokens[i] if i < len(self.tokens) else "[UNK]"
             if i != UNK and i < len(RESERVED):
                 continue
-            if token.startswith("##") and words:
+            if token.startswith("##") and len(token) > 2 and words:
                 words[-1] += token[2:]
             else:
                 words.append(token)
-        return " ".join(words)
+        return _set_punctuation(" ".join(words))
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(clean(text), add_special_tokens=False).ids)
@@ -86,24 +99,64 @@ def clean(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
+def _set_punctuation(text: str) -> str:
+    """White space around punctuation as in print, for texts whose every punctuation mark stands alone."""
+    text = re.sub(r" ([.,!?;:%)\]}…])", r"\1", text)
+    text = re.sub(r"([(\[{$#@]) ", r"\1", text)
+    text = re.sub(r"(?<=[^\W_]) ' (s|t|re|ve|m|ll|d)\b", r"'\1", text)
+    return re.sub(r"(?<=[^\W_]) - (?=[^\W_])", "-", text)
+
+
 def read_vocab(path: Path | str) -> list[str]:
-    """The tokens of a `vocab.txt`, one a line.
+    """The tokens of a `vocab.txt`, one a line, or of a `tokenizer.json`, by id.
 
     Raises:
-        InputError: if the file is missing or its first 104 lines are not BERT's.
+        InputError: if the file is missing, its first 104 entries are not BERT's, or a `tokenizer.json` is not lower-cased
+            WordPiece.
     """
-    try:
-        tokens = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"vocabulary {path}: cannot be read ({error})") from None
-    for number, (token, expected) in enumerate(zip(tokens, RESERVED, strict=False), start=1):
+    if Path(path).suffix == ".json":
+        tokens, place = _read_tokenizer_json(path), "id"
+    else:
+        try:
+            tokens, place = Path(path).read_text(encoding="utf-8").splitlines(), "line"
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"vocabulary {path}: cannot be read ({error})") from None
+    for number, (token, expected) in enumerate(zip(tokens, RESERVED, strict=False), start=int(place == "line")):
         if token != expected:
-            raise InputError(f"vocabulary {path}, line {number}: {token!r} where BERT's layout has {expected!r}")
+            raise InputError(f"vocabulary {path}, {place} {number}: {token!r} where BERT's layout has {expected!r}")
     if len(tokens) <= len(RESERVED):
         raise InputError(
-            f"vocabulary {path}: {len(tokens)} lines; it needs the {len(RESERVED)} reserved ones and words"
+            f"vocabulary {path}: {len(tokens)} entries; it needs the {len(RESERVED)} reserved ones and words"
         )
     return tokens
+
+
+def _read_tokenizer_json(path: Path | str) -> list[str]:
+    """The vocabulary of a tokenizer that works as BERT's lower-casing one does."""
+    content = read_json(path)
+    try:
+        model, normalizer, splitter = content["model"], content["normalizer"], content["pre_tokenizer"]
+        settings = {
+            "model.type": (model["type"], ("WordPiece",)),
+            "model.unk_token": (model["unk_token"], ("[UNK]",)),
+            "model.continuing_subword_prefix": (model["continuing_subword_prefix"], ("##",)),
+            "model.max_input_chars_per_word": (model["max_input_chars_per_word"], (100,)),
+            "normalizer.type": (normalizer["type"], ("BertNormalizer",)),
+            "normalizer.lowercase": (normalizer["lowercase"], (True,)),
+            "normalizer.clean_text": (normalizer["clean_text"], (True,)),
+            "normalizer.handle_chinese_chars": (normalizer["handle_chinese_chars"], (True,)),
+            "normalizer.strip_accents": (normalizer["strip_accents"], (None, True)),
+            "pre_tokenizer.type": (splitter["type"], ("BertPreTokenizer",)),
+        }
+        ids = {int(i): str(token) for token, i in model["vocab"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"vocabulary {path}: not a tokenizer.json of a WordPiece tokenizer ({error!r})") from None
+    for key, (value, allowed) in settings.items():
+        if value not in allowed:
+            raise InputError(f"vocabulary {path}: {key} is {value!r}, but a CLIPS model has {allowed[0]!r}")
+    if sorted(ids) != list(range(len(ids))):
+        raise InputError(f"vocabulary {path}: its ids are not 0 … {len(ids) - 1}, each once")
+    return [ids[i] for i in range(len(ids))]
 
 
 def train_vocab(texts: Iterable[str], path: Path | str, max_size: int = 30_522) -> None:

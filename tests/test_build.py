@@ -308,7 +308,7 @@ def test_vocabulary_is_made_from_the_training_captions(pictures: Path, tmp_path:
     held_out = [sample["txt"].decode() for sample in stock_read(out / "retrieval")]
     for caption in train:
         decoded = tokenizer.decode(tokenizer.encode([caption], 40)[0][1:])
-        assert decoded == caption.lower().replace(",", " ,").replace(".", " .")
+        assert decoded == caption.lower()
     numbers = {caption.rstrip(".").split()[-1] for caption in held_out if len(caption.rstrip(".").split()[-1]) > 1}
     assert numbers and not numbers & set(tokenizer.tokens)
     assert not (build_shards(config(pictures, tmp_path / "none", vocab_size=0)) / "vocab.txt").exists()

@@ -57,7 +57,7 @@ def test_recipe_and_overrides(tmp_path: Path) -> None:
             r"line 4: key 'model'.*33 is not a multiple of patch_size 8",
         ),
         (RECIPE + "method: clap\n", r"line 14: key 'method'.*'clips'"),
-        (RECIPE + "method: clip\n", r"decoder must be given for the method clips"),
+        (RECIPE + "method: clip\n", r"the method clip has no caption decoder"),
         ("- a\n- b\n", r"recipe\.yaml: must be a mapping"),
         ("a: [1,\n", r"recipe\.yaml: not YAML.*line 2"),
     ],

@@ -44,3 +44,12 @@ def test_decompression_bomb_is_refused_before_decoding() -> None:
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
     with pytest.raises(InputError, match=r"bomb\.png.*(over the limit|pixel limit)"):
         open_image(bomb, "bomb.png")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_every_format_of_the_list_opens(kind: str) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (9, 7), (250, 0, 0)).save(buffer, kind)
+    image = open_image(buffer.getvalue(), "picture")
+    assert image.size == (9, 7) and image.mode == "RGB"
+    assert all(abs(a - b) < 12 for a, b in zip(image.getpixel((4, 3)), (250, 0, 0), strict=True))
