@@ -12,12 +12,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from clips_core.config import load_config, recipe_path
-from clips_core.errors import InputError
+from clips_core.config import load_settings
+from clips_core.errors import InputError, Stopped
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one stage. Exit status 0: done; 2: bad input, said in one line; 130: interrupted, run again to go on."""
+    """Run one stage. Exit status 0: done; 2: bad input, said in one line; 130: interrupted, run again to go on; 75: the same, at a
+    scheduler's request (SIGTERM)."""
     args = _parser().parse_args(arguments)
     try:
         args.run(args)
@@ -29,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"\ninterrupted{f': {interrupt}' if str(interrupt) else '; run the same command to go on'}", file=sys.stderr
         )
         return 130
+    except Stopped as stopped:
+        print(f"\nstopped: {stopped}", file=sys.stderr)
+        return 75  # EX_TEMPFAIL: try again
     return 0
 
 
@@ -41,7 +45,18 @@ def _parser() -> argparse.ArgumentParser:
     _configured(kinds, "world", "draw the sample world: pictures, captions, conversations, benchmarks", _world)
     _configured(kinds, "build", "a folder of pictures and captions → webdataset shards", _build)
 
+    _configured(kinds, "join", "captions from parquet (Recap-DataComp-1B) → the samples of webdataset tars", _join)
+    _configured(
+        kinds, "check", "look through data before a run: faults, lengths, copies of evaluation pictures", _check
+    )
+    _configured(
+        kinds, "recaption", "shards → the same with synthetic captions, by a local VLM or an endpoint", _recaption
+    )
+
     _configured(stages, "pretrain", "shards → a CLIPS (or baseline) vision tower, exported", _pretrain)
+
+    _configured(stages, "embed", "pictures (and captions) → features in parquet, by any CLIPS model", _embed)
+    _configured(stages, "caption", "pictures → captions by a run's own caption decoder, one pass each", _caption)
 
     tower = stages.add_parser("tower", help="what a tower is: size, tokens, processor, hash")
     tower.add_argument("spec", metavar="SPEC", help="clips:RUN_FOLDER or hf:FOLDER")
@@ -65,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--out", required=True, type=Path, help="gets report.html and report.json")
     compare.set_defaults(run=_compare)
 
+    _configured(stages, "plan", "what a run will take: FLOPs, memory, days, storage, bandwidth; no GPU needed", _plan)
+
     demo = stages.add_parser("demo", help="the whole path on the sample world: two towers, two LLaVAs, one page")
     demo.add_argument("--smoke", action="store_true", help="the same path in under 3 minutes, too small to learn much")
     demo.add_argument("--out", type=Path, help="default: runs/demo, or runs/smoke")
@@ -78,7 +95,7 @@ def _configured(stages: Any, name: str, summary: str, run: Callable[[argparse.Na
         name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     stage.add_argument("settings", nargs="*", metavar="RECIPE | key=value",
-                       help="first, if at all, a recipe's name or .yaml file; then dotted overrides")  # fmt: skip
+                       help="first, if at all, names or .yaml files of recipes; then dotted overrides")  # fmt: skip
     stage.add_argument("--keys", action="store_true", help="list the keys with their types and defaults, and stop")
     stage.set_defaults(run=run)
 
@@ -88,12 +105,8 @@ def _config(cls: type, args: argparse.Namespace, package: ModuleType) -> Any:
     if args.keys:
         print("\n".join(_keys(cls)))
         raise SystemExit(0)
-    settings: list[str] = args.settings
-    recipe = None
-    if settings and "=" not in settings[0]:
-        assert package.__file__ is not None
-        recipe, settings = recipe_path(Path(package.__file__).parent, settings[0]), settings[1:]
-    return load_config(cls, recipe, settings)
+    assert package.__file__ is not None
+    return load_settings(cls, Path(package.__file__).parent, args.settings)
 
 
 def _keys(cls: type, prefix: str = "") -> list[str]:
@@ -129,6 +142,41 @@ def _build(args: argparse.Namespace) -> None:
     from clips_core.build import BuildConfig, build_shards
 
     build_shards(_config(BuildConfig, args, clips_core))
+
+
+def _join(args: argparse.Namespace) -> None:
+    import clips_core
+    from clips_core.join import JoinConfig, join_captions
+
+    join_captions(_config(JoinConfig, args, clips_core))
+
+
+def _check(args: argparse.Namespace) -> None:
+    import clips_core
+    from clips_core.check import CheckConfig, check_data
+
+    check_data(_config(CheckConfig, args, clips_core))
+
+
+def _recaption(args: argparse.Namespace) -> None:
+    import clips_core
+    from clips_core.recaption import RecaptionConfig, recaption
+
+    recaption(_config(RecaptionConfig, args, clips_core))
+
+
+def _embed(args: argparse.Namespace) -> None:
+    import clips_core
+    from clips_core.embed import EmbedConfig, embed_pictures
+
+    embed_pictures(_config(EmbedConfig, args, clips_core))
+
+
+def _caption(args: argparse.Namespace) -> None:
+    import clips_core
+    from clips_core.decoding import CaptionConfig, caption_pictures
+
+    caption_pictures(_config(CaptionConfig, args, clips_core))
 
 
 def _pretrain(args: argparse.Namespace) -> None:
@@ -178,6 +226,17 @@ def _compare(args: argparse.Namespace) -> None:
     from eval_suites.report import Entry, compare
 
     compare([Entry.of(folder) for folder in args.runs], args.out, args.data)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    import clips_core
+    from clips_core.plan import PlanConfig, plan
+
+    if args.keys:
+        print("\n".join(_keys(PlanConfig)))
+        raise SystemExit(0)
+    assert clips_core.__file__ is not None
+    plan(Path(clips_core.__file__).parent, args.settings)
 
 
 def _demo(args: argparse.Namespace) -> None:
