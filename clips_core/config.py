@@ -53,6 +53,9 @@ class ModelConfig:
     context_length: int = 80  # tokens of the text encoder, bos, eos and CLS included
     learnable_tokens: int = 128  # the decoder's queries: the longest caption that it can write
     vocab_size: int = 32_000  # rows of the token embedding and of the vocabulary head
+    # What the text encoder does about pads. attended: they are tokens as any other, as in the released models, and CLS at the last
+    # place is pooled. masked: they are neither seen nor computed, and the last real token is pooled; for training from scratch.
+    text_padding: Literal["attended", "masked"] = "attended"
     size: str | None = None  # B/16, say: stands for all of patch_size, vision, text, decoder, embed_dim not given
 
     @model_validator(mode="before")
@@ -141,8 +144,9 @@ class DataConfig:
 class EvaluationConfig:
     """Zero-shot retrieval on held-out pictures, while training and after."""
 
-    shards: Path | None = None  # one caption per picture; None: no evaluation
-    caption: str = "txt"  # extension, or json.FIELD
+    shards: Names | None = None  # as data.train: tars, parquet or listings; null: no evaluation
+    # Extension or column, or json.FIELD; the first that a sample has. Each line of a text, or each text of a list, is a caption.
+    caption: Names = dataclasses.field(default_factory=lambda: ["txt", "caption"])
     every: int = 0  # samples between evaluations; 0: only after training
     captions: int = 4  # of that many held-out pictures, what the caption decoder writes of each goes into the log
 

@@ -50,18 +50,18 @@ def decode_captions(
     was_training = model.training
     model.eval()
     ids = torch.from_numpy(tokenizer.encode(texts, model.config.context_length)).to(images.device)
-    image_tokens, text_tokens = model.visual(images)[1], model.text(ids)[1][:, :-1]
+    encoded = model.encode(images, ids[:, None])
     length = model.config.learnable_tokens
+    words = torch.full((len(images), length), PAD, device=images.device)
     if teacher_forced:
-        words = torch.full((len(images), length), PAD, device=images.device)
         for place in range(length):
             # The decoder sees the words before each place of `words` and none after: its last one may be anything.
-            states = model.caption_states(image_tokens, text_tokens, words[:, : place + 1], teacher_forced=True)
+            states = model.caption_states(encoded, words[:, : place + 1], teacher_forced=True)
             words[:, place] = _likeliest(model.decoder.head, states[:, -1], len(tokenizer))
             if bool((words == EOS).any(dim=1).all()):
                 break
     else:
-        states = model.decoder(image_tokens, text_tokens, length)  # [B, M, D]
+        states = model.caption_states(encoded, words)  # [B, M, D]
         words = torch.stack([_likeliest(model.decoder.head, rows, len(tokenizer)) for rows in states])
     model.train(was_training)
     return [tokenizer.decode(row) for row in words.tolist()]

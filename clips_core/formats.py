@@ -297,6 +297,9 @@ def read_open_clip_config(path: Path) -> ModelConfig:
     for key, value in model.items():
         if key not in idle and value:
             raise _not_clips(path, key, value, None)
+    given = _mapping(model["text_cfg"], path, "text_cfg")
+    padding = given.get("text_padding", "attended")  # ours, where it is masked: stock open_clip refuses such a folder
+    model = model | {"text_cfg": {key: value for key, value in given.items() if key != "text_padding"}}
     vision = _settings(open_clip.CLIPVisionCfg, model, "vision_cfg", path)
     text = _settings(open_clip.CLIPTextCfg, model, "text_cfg", path)
     try:
@@ -308,6 +311,7 @@ def read_open_clip_config(path: Path) -> ModelConfig:
             embed_dim=model["embed_dim"],
             context_length=text["context_length"],
             vocab_size=text["vocab_size"],
+            text_padding=padding,
         )
     except (ValidationError, TypeError, ZeroDivisionError) as error:
         raise InputError(f"{path}: a size cannot be used ({' '.join(str(error).split())})") from None
@@ -336,6 +340,10 @@ def export_open_clip(model: CLIPS, tokenizer: ClipsTokenizer, folder: Path) -> N
     config = open_clip_config(model.config) | {"custom_text": True}
     # open_clip asks for a tokenizer name even where the folder itself holds the tokenizer.
     config["text_cfg"] |= {"hf_tokenizer_name": "bert-base-uncased", "tokenizer_mode": "clips"}
+    if (
+        model.config.text_padding == "masked"
+    ):  # unknown to open_clip, so that it opens no text tower that attends to pads
+        config["text_cfg"]["text_padding"] = "masked"
     write_json(folder / OPEN_CLIP_CONFIG, {"model_cfg": config, "preprocess_cfg": PREPROCESS})
     towers = {name: value for name, value in model.state_dict().items() if not name.startswith("decoder.")}
     _save(towers, folder / OPEN_CLIP_WEIGHTS[0])
@@ -390,7 +398,7 @@ def _load(files: ModelFiles, config: ModelConfig, image_size: int | None) -> tup
                 f"{where}: weight {key!r} has shape {tuple(state[key].shape)}, but the config makes it {tuple(value.shape)}"
             )
     model.load_state_dict(state, assign=True)
-    tokenizer = ClipsTokenizer(files.vocabulary)
+    tokenizer = ClipsTokenizer(files.vocabulary, config.text_padding == "attended")
     if len(tokenizer) > config.vocab_size:
         raise InputError(
             f"vocabulary {files.vocabulary} has {len(tokenizer)} entries, but the model's vocab_size is {config.vocab_size}"

@@ -6,7 +6,7 @@ pooled feature *and* the tokens before the final LayerNorm, which the decoder re
 """
 
 import math
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import open_clip
 import torch
@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from clips_core.config import ModelConfig, TransformerConfig
 from clips_core.loss import summed_caption_loss
-from clips_core.tokenizer import BOS
+from clips_core.packing import Packing
+from clips_core.tokenizer import BOS, PAD
 
 NORM_EPS = 1e-6
 
@@ -47,8 +48,8 @@ def open_clip_config(config: ModelConfig) -> dict[str, Any]:
             "heads": config.text.heads,
             "layers": config.text.layers,
             "no_causal_mask": True,
-            "pool_type": "last",
             "act_kwargs": {"approximate": "tanh"},
+            "pool_type": "last",
             "norm_kwargs": {"eps": NORM_EPS},
         },
     }
@@ -86,6 +87,31 @@ class TextTower(TextTransformer):
         return self.ln_final(x[:, -1]) @ self.text_projection, x
 
 
+class MaskedTextTower(TextTower):
+    """The same for `text_padding: masked`: no token attends to a pad, the last real token is pooled, and pads are not computed.
+
+    Its feature is that of open_clip's class with `use_pad_mask` and `pool_type="eos"`, which open_clip's configs cannot ask for.
+    Its tokens at pads are zero.
+    """
+
+    def forward(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        packing = Packing(text != PAD)
+        x = packing.lay(self.token_embedding(text) + self.positional_embedding)  # [R, T, D], R ≤ B
+        bias = x.new_zeros(packing.mask.shape).masked_fill_(~packing.mask, -torch.inf)
+        x = self.transformer(x, attn_mask=bias.repeat_interleave(self.heads, dim=0))
+        return self.ln_final(x.flatten(0, 1)[packing.last]) @ self.text_projection, packing.take(x)
+
+
+class Encoded(NamedTuple):
+    """Pictures and their texts, encoded: K texts a picture, of T tokens."""
+
+    image: Tensor  # [B, E], L2-normalised
+    text: Tensor  # [B, K, E], L2-normalised
+    image_tokens: Tensor  # [B, N, D]: what the decoder reads of a picture
+    web_tokens: Tensor  # [B, T − 1, D]: and of its first text, the web caption
+    web_mask: Tensor | None  # bool [B, T − 1]: the tokens of it that are there; None: all are attended to
+
+
 class CLIPS(nn.Module):
     """Image tower, text tower, temperature and, where the config has one, the caption decoder."""
 
@@ -94,7 +120,8 @@ class CLIPS(nn.Module):
         self.config = config
         towers = open_clip.model.CustomTextCLIP(**open_clip_config(config))
         self.visual, self.text, self.logit_scale = towers.visual, towers.text, towers.logit_scale
-        self.visual.__class__, self.text.__class__ = ImageTower, TextTower
+        self.visual.__class__ = ImageTower
+        self.text.__class__ = TextTower if config.text_padding == "attended" else MaskedTextTower
         self.decoder = CaptionDecoder(config, config.decoder) if config.decoder is not None else None
         init_weights(self)
 
@@ -113,11 +140,11 @@ class CLIPS(nn.Module):
         Returns:
             image features [B, E] and text features [B, K, E], both L2-normalised; the summed cross-entropy at all targets, or None.
         """
-        z_img, z_txt, image_tokens, web_tokens = self.encode(image, texts)
+        encoded = self.encode(image, texts)
         if target is None or self.decoder is None:
-            return z_img, z_txt, None
-        hidden = self.caption_states(image_tokens, web_tokens, target, teacher_forced)
-        return z_img, z_txt, summed_caption_loss(hidden, self.decoder.head.weight, target)
+            return encoded.image, encoded.text, None
+        hidden = self.caption_states(encoded, target, teacher_forced)
+        return encoded.image, encoded.text, summed_caption_loss(hidden, self.decoder.head.weight, target)
 
     def set_activation_checkpointing(self) -> None:
         """From now on, keep only what enters each block, and compute the rest again in the backward pass."""
@@ -131,14 +158,18 @@ class CLIPS(nn.Module):
         transformers = [self.visual.transformer.resblocks, self.text.transformer.resblocks]
         return [*transformers[0], *transformers[1], *(self.decoder.blocks if self.decoder is not None else ())]
 
-    def encode(self, image: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """L2-normalised features [B, E] and [B, K, E]; what the decoder reads of image [B, N, D] and first text [B, T − 1, D]."""
+    def encode(self, image: Tensor, texts: Tensor) -> Encoded:
+        """Pictures [B, 3, H, W] and token ids of their texts [B, K, T]; the first is the one that the decoder reads."""
         batch, kinds, length = texts.shape
         image_feature, image_tokens = self.visual(image)
         text_feature, text_tokens = self.text(texts.reshape(batch * kinds, length))
-        web_tokens = text_tokens.view(batch, kinds, length, -1)[:, 0, :-1]
-        text_feature = text_feature.view(batch, kinds, -1)
-        return F.normalize(image_feature, dim=-1), F.normalize(text_feature, dim=-1), image_tokens, web_tokens
+        web_tokens, web_mask = text_tokens.view(batch, kinds, length, -1)[:, 0, :-1], None
+        if self.config.text_padding == "masked":
+            web_mask = texts[:, 0, :-1] != PAD
+            longest = int(web_mask.sum(dim=1).max())
+            web_tokens, web_mask = web_tokens[:, :longest], web_mask[:, :longest]
+        text_feature = F.normalize(text_feature.view(batch, kinds, -1), dim=-1)
+        return Encoded(F.normalize(image_feature, dim=-1), text_feature, image_tokens, web_tokens, web_mask)
 
     def encode_image(self, image: Tensor) -> Tensor:
         """L2-normalised features [B, E] of pictures [B, 3, H, W]."""
@@ -148,9 +179,7 @@ class CLIPS(nn.Module):
         """L2-normalised features [B, E] of token ids [B, T]."""
         return F.normalize(self.text(text)[0], dim=-1)
 
-    def caption_states(
-        self, image_tokens: Tensor, web_tokens: Tensor, target: Tensor, teacher_forced: bool = False
-    ) -> Tensor:
+    def caption_states(self, encoded: Encoded, target: Tensor, teacher_forced: bool = False) -> Tensor:
         """The decoder's states [B, M, D] at the places of `target` [B, M]; its `head` makes logits of them.
 
         Teacher-forced, as in CoCa (arXiv 2205.01917): a place sees the image and the target's tokens before it, never the text
@@ -158,10 +187,12 @@ class CLIPS(nn.Module):
         """
         assert self.decoder is not None
         if not teacher_forced:
-            states: Tensor = self.decoder(image_tokens, web_tokens, target.shape[1])
+            states: Tensor = self.decoder(
+                encoded.image_tokens, encoded.web_tokens, target.shape[1], text_mask=encoded.web_mask
+            )
             return states
         before = F.pad(target, (1, 0), value=BOS)[:, :-1]
-        states = self.decoder(image_tokens, None, target.shape[1], self.text.token_embedding(before))
+        states = self.decoder(encoded.image_tokens, None, target.shape[1], self.text.token_embedding(before))
         return states
 
 
@@ -183,7 +214,12 @@ class CaptionDecoder(nn.Module):
         self.activation_checkpointing = False
 
     def forward(
-        self, image_tokens: Tensor, text_tokens: Tensor | None, target_length: int, previous: Tensor | None = None
+        self,
+        image_tokens: Tensor,
+        text_tokens: Tensor | None,
+        target_length: int,
+        previous: Tensor | None = None,
+        text_mask: Tensor | None = None,
     ) -> Tensor:
         """States of the first `target_length` = M learnable tokens after the final LayerNorm, [B, M, D]; logits are `head` of them.
 
@@ -193,8 +229,11 @@ class CaptionDecoder(nn.Module):
             image_tokens: [B, N, D_image], the last block's patch tokens before any LayerNorm.
             text_tokens: [B, T − 1, D_text], the text encoder's block outputs of all positions but the last; None: the image alone.
             previous: embeddings [B, M, D_text] of the tokens before each place, for a teacher-forced captioner.
+            text_mask: bool [B, T − 1], the text tokens that are attended to; None: all.
         """
-        prefix = self.image_proj(image_tokens)
+        prefix, mask = self.image_proj(image_tokens), None
+        if text_mask is not None:
+            mask = torch.cat([text_mask.new_ones(prefix.shape[:2]), text_mask], dim=1)  # [B, P]
         if text_tokens is not None:
             prefix = torch.cat([prefix, self.text_proj(text_tokens)], dim=1)  # [B, P, D]
         queries = self.learnable_tokens[:target_length].to(prefix.dtype).expand(len(prefix), -1, -1)  # [B, M, D]
@@ -203,9 +242,9 @@ class CaptionDecoder(nn.Module):
         for number, block in enumerate(self.blocks, start=1):
             last = number == len(self.blocks)
             if self.activation_checkpointing and self.training:
-                prefix, queries = checkpoint(block, prefix, queries, last, use_reentrant=False)
+                prefix, queries = checkpoint(block, prefix, queries, last, mask, use_reentrant=False)
             else:
-                prefix, queries = block(prefix, queries, last)
+                prefix, queries = block(prefix, queries, last, mask)
         return self.ln_final(queries)
 
 
@@ -221,17 +260,30 @@ class DecoderBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(width, eps=NORM_EPS)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
 
-    def forward(self, prefix: Tensor, queries: Tensor, last: bool = False) -> tuple[Tensor, Tensor]:
-        """[B, P, D], [B, M, D] → the same shapes; the last block leaves the prefix as it is, since nothing reads it any more."""
+    def forward(
+        self, prefix: Tensor, queries: Tensor, last: bool = False, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """[B, P, D], [B, M, D] → the same shapes; the last block leaves the prefix as it is, since nothing reads it any more.
+
+        Args:
+            mask: bool [B, P], the prefix's tokens that are attended to; None: all.
+        """
         if last:
-            return prefix, self._queries_only(prefix, queries)
+            return prefix, self._queries_only(prefix, queries, mask)
         length = prefix.shape[1]
         x = torch.cat([prefix, queries], dim=1)
         q, k, v = self._split_heads(self.in_proj(self.ln_1(x)))
         attended = torch.cat(
             [
-                F.scaled_dot_product_attention(q[:, :, :length], k[:, :, :length], v[:, :, :length]),
-                F.scaled_dot_product_attention(q[:, :, length:], k, v, attn_mask=_combination_mask(queries, prefix)),
+                F.scaled_dot_product_attention(
+                    q[:, :, :length],
+                    k[:, :, :length],
+                    v[:, :, :length],
+                    attn_mask=None if mask is None else mask[:, None, None],
+                ),
+                F.scaled_dot_product_attention(
+                    q[:, :, length:], k, v, attn_mask=_combination_mask(queries, prefix, mask)
+                ),
             ],
             dim=2,
         )
@@ -239,7 +291,7 @@ class DecoderBlock(nn.Module):
         x = x + self.mlp(self.ln_2(x))
         return x[:, :length], x[:, length:]
 
-    def _queries_only(self, prefix: Tensor, queries: Tensor) -> Tensor:
+    def _queries_only(self, prefix: Tensor, queries: Tensor, mask: Tensor | None) -> Tensor:
         """`forward(prefix, queries)[1]` without the prefix's queries and MLP."""
         width = queries.shape[-1]
         normed_queries = self.ln_1(queries)
@@ -247,7 +299,7 @@ class DecoderBlock(nn.Module):
         key_value = F.linear(torch.cat([self.ln_1(prefix), normed_queries], dim=1), weight[width:], bias[width:])
         k, v = self._split_heads(key_value, parts=2)
         (q,) = self._split_heads(F.linear(normed_queries, weight[:width], bias[:width]), parts=1)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=_combination_mask(queries, prefix))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=_combination_mask(queries, prefix, mask))
         x = queries + self.out_proj(attended.transpose(1, 2).flatten(2))
         return x + self.mlp(self.ln_2(x))
 
@@ -257,12 +309,15 @@ class DecoderBlock(nn.Module):
         return x.view(batch, length, parts, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def _combination_mask(queries: Tensor, prefix: Tensor) -> Tensor:
+def _combination_mask(queries: Tensor, prefix: Tensor, mask: Tensor | None) -> Tensor:
     """For the learnable tokens' attention over [prefix; learnable tokens]: causal, aligned to the lower right."""
     count, total = queries.shape[1], prefix.shape[1] + queries.shape[1]
-    if queries.is_cuda and not torch.compiler.is_compiling():
+    if mask is None and queries.is_cuda and not torch.compiler.is_compiling():
         return causal_lower_right(count, total)  # no mask is materialised, and flash attention applies
-    return torch.ones(count, total, dtype=torch.bool, device=queries.device).tril(total - count)
+    causal = torch.ones(count, total, dtype=torch.bool, device=queries.device).tril(total - count)
+    if mask is None:
+        return causal
+    return causal & F.pad(mask, (0, count), value=True)[:, None, None]  # [B, 1, M, P + M]
 
 
 @torch.no_grad()

@@ -25,12 +25,15 @@ RESERVED = ("[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[S
 class ClipsTokenizer:
     """WordPiece over a `vocab.txt` (or the vocabulary of a `tokenizer.json`) whose first 104 entries are BERT's.
 
+    `ends_in_cls`: whether CLS stands at the last place of every text, where the released models pool; without it the last real
+    token is eos (`text_padding: masked`).
+
     Special tokens written literally in a caption (`[CLS]`, `[unused0]`) are plain characters here, as in the released
     models: a caption cannot forge a bos or eos.
     """
 
-    def __init__(self, vocab: Path | str = BERT_VOCAB):
-        self.vocab_path = Path(vocab)
+    def __init__(self, vocab: Path | str = BERT_VOCAB, ends_in_cls: bool = True):
+        self.vocab_path, self.ends_in_cls = Path(vocab), ends_in_cls
         self.tokens = read_vocab(self.vocab_path)
         ids = {token: i for i, token in enumerate(self.tokens)}
         self._tokenizer = Tokenizer(models.WordPiece(vocab=ids, unk_token="[UNK]", max_input_chars_per_word=100))
@@ -41,8 +44,8 @@ class ClipsTokenizer:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def __reduce__(self) -> tuple[type, tuple[Path]]:  # a data loader's worker makes its own
-        return ClipsTokenizer, (self.vocab_path,)
+    def __reduce__(self) -> tuple[type, tuple[Path, bool]]:  # a data loader's worker makes its own
+        return ClipsTokenizer, (self.vocab_path, self.ends_in_cls)
 
     def encode(self, texts: Sequence[str], length: int) -> np.ndarray:
         """Ids for the text encoder, int64 [len(texts), length]; a body that is too long is cut so that eos and CLS stay."""
@@ -52,14 +55,15 @@ class ClipsTokenizer:
         """The ids of a text alone, of whatever length."""
         return self._body(text)
 
-    @staticmethod
-    def frame(bodies: Sequence[Sequence[int]], length: int) -> np.ndarray:
+    def frame(self, bodies: Sequence[Sequence[int]], length: int) -> np.ndarray:
         """`[bos] body [eos] pad … pad [CLS]` of each body, int64 [len(bodies), length], cut as in `encode`."""
         ids = np.full((len(bodies), length), PAD, dtype=np.int64)
         for row, body in zip(ids, bodies, strict=True):
-            body = body[: length - 3]
-            row[0], row[1 + len(body)], row[-1] = BOS, EOS, CLS
+            body = body[: length - (3 if self.ends_in_cls else 2)]
+            row[0], row[1 + len(body)] = BOS, EOS
             row[1 : 1 + len(body)] = body
+        if self.ends_in_cls:
+            ids[:, -1] = CLS
         return ids
 
     def encode_target(self, text: str, length: int) -> np.ndarray:

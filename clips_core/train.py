@@ -61,7 +61,7 @@ def pretrain(config: PretrainConfig) -> Path:
 
 def _pretrain(config: PretrainConfig, device: torch.device) -> Path:
     # -------------------------------------------------------------------------------------------------- inputs
-    tokenizer = ClipsTokenizer(config.data.vocab or BERT_VOCAB)
+    tokenizer = ClipsTokenizer(config.data.vocab or BERT_VOCAB, config.model.text_padding == "attended")
     if len(tokenizer) > config.model.vocab_size:
         raise InputError(
             f"vocabulary {tokenizer.vocab_path} has {len(tokenizer)} entries, but model.vocab_size is {config.model.vocab_size}"
@@ -75,9 +75,7 @@ def _pretrain(config: PretrainConfig, device: torch.device) -> Path:
         return config.out
     held_out = None
     if config.evaluation.shards is not None and is_main():
-        held_out = zero_shot.RetrievalSet(
-            config.evaluation, config.evaluation.shards, config.data.image, config.model.image_size
-        )
+        held_out = zero_shot.RetrievalSet(config.evaluation, config.data, config.model.image_size)
 
     # -------------------------------------------------------------------------------------------------- model
     torch.manual_seed(config.seed)  # the same weights on every process
@@ -229,6 +227,8 @@ def start_from(model: CLIPS, spec: str, tokenizer: ClipsTokenizer) -> None:
         InputError: if the towers are of another size, or their vocabulary is another.
     """
     source, source_tokenizer = formats.load_model(spec, model.config.image_size)
+    if source.config.text_padding != model.config.text_padding:
+        raise InputError(f"init_from {spec}: was trained with model.text_padding={source.config.text_padding}")
     if source_tokenizer.tokens != tokenizer.tokens:
         raise InputError(
             f"init_from {spec}: its vocabulary is not {tokenizer.vocab_path}; set data.vocab to its vocab.txt"

@@ -1,5 +1,6 @@
 """What a tower knows without further training: retrieval among held-out pictures, and classification by the classes' names."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from clips_core.config import EvaluationConfig
+from clips_core.config import DataConfig, EvaluationConfig, SourceConfig
 from clips_core.data import read_caption, read_image, to_pixels
 from clips_core.errors import InputError
 from clips_core.formats import IMAGE_MEAN, IMAGE_STD
 from clips_core.images import open_image
 from clips_core.model import CLIPS
-from clips_core.shards import Shards
+from clips_core.sources import Sources
 from clips_core.tokenizer import ClipsTokenizer
 
 RECALLS = (1, 5, 10)
@@ -69,31 +70,40 @@ class RetrievalSet:
         InputError: as `read_caption` and `read_image`, naming shard and key.
     """
 
-    def __init__(self, config: EvaluationConfig, shards: Path, extensions: list[str], image_size: int):
-        samples = Shards(shards)
-        items = [samples[i] for i in range(len(samples))]
-        captions = [read_captions(item, config.caption) for item in items]
+    def __init__(self, config: EvaluationConfig, data: DataConfig, image_size: int):
+        """`data` says what the pictures are called, and where remote files are copied."""
+        assert config.shards is not None
+        train = [SourceConfig(path=config.shards, weight=1.0)]
+        sources = Sources(dataclasses.replace(data, train=train, web_caption=config.caption, max_bad_share=0.0))
+        captions, pixels = [], []
+        for chunk in range(len(sources.sources[0].counts)):
+            reader = sources.open(0, chunk)
+            for index in range(len(reader)):
+                captions.append(read_captions(reader[index], config.caption))
+                pixels.append(to_pixels(read_image(reader[index], data.image), image_size))
+            reader.close()
+            sources.drop(0, chunk)
         self.captions = [caption for own in captions for caption in own]
         self.owner = torch.tensor(
             [i for i, own in enumerate(captions) for _ in own]
         )  # int64 [C]: each caption's picture
-        pixels = [to_pixels(read_image(item, extensions), image_size) for item in items]
         self.pixels = torch.from_numpy(np.stack(pixels))  # uint8 [N, 3, S, S]
 
 
-def read_captions(sample: dict[str, Any], key: str) -> list[str]:
+def read_captions(sample: dict[str, Any], names: Sequence[str]) -> list[str]:
     """All captions of a sample: a text's lines, or a JSON field's string or list of strings. Errors as `read_caption`."""
-    extension, _, field = key.partition(".")
-    if field and extension in sample:
-        try:
-            content = json.loads(sample[extension])
-        except (UnicodeDecodeError, json.JSONDecodeError):
-            content = None  # read_caption says what is wrong
-        value = content.get(field) if isinstance(content, dict) else None
-        if isinstance(value, list) and value and all(isinstance(text, str) and text.strip() for text in value):
-            return value
-    caption = read_caption(sample, key)
-    return [caption] if field else [line for line in caption.splitlines() if line.strip()]
+    for name in names:
+        extension, _, field = name.partition(".")
+        if field and extension in sample:
+            try:
+                content = json.loads(sample[extension])
+            except (UnicodeDecodeError, json.JSONDecodeError):
+                content = None  # read_caption says what is wrong
+            value = content.get(field) if isinstance(content, dict) else None
+            if isinstance(value, list) and value and all(isinstance(text, str) and text.strip() for text in value):
+                return value
+            return [read_caption(sample, name)]
+    return [line for line in read_caption(sample, names).splitlines() if line.strip()]
 
 
 def embed(

@@ -46,8 +46,8 @@ def _outputs(model: CLIPS, arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
     texts = torch.from_numpy(np.stack([arrays["web"], arrays["sub"]], axis=1)).long()  # [B, 2, T]
     target = torch.from_numpy(arrays["labels"]).long()  # [B, N]
     assert model.decoder is not None
-    z_img, z_txt, image_tokens, web_tokens = model.encode(image, texts)
-    hidden = model.caption_states(image_tokens, web_tokens, target)
+    encoded = model.encode(image, texts)
+    z_img, z_txt, hidden = encoded.image, encoded.text, model.caption_states(encoded, target)
     temperature = model.logit_scale.exp()
     contrastive = (info_nce(z_img, z_txt[:, 0], temperature) + info_nce(z_img, z_txt[:, 1], temperature)) / 2
     caption = caption_loss(hidden, model.decoder.head.weight, target)

@@ -45,10 +45,10 @@ def learnt(tokenizer: ClipsTokenizer, teacher_forced: bool) -> CLIPS:
     texts = torch.from_numpy(tokenizer.encode(list(WEB.values()), 12))
     target = torch.from_numpy(np.stack([tokenizer.encode_target(caption, 12) for caption in CAPTIONS.values()]))
     with torch.no_grad():  # random towers tell three pictures apart well enough
-        image_tokens, text_tokens = model.visual(images)[1], model.text(texts)[1][:, :-1]
+        encoded = model.encode(images, texts[:, None])
     optimizer = torch.optim.Adam(model.decoder.parameters(), lr=1e-2)
     for _ in range(80):
-        states = model.caption_states(image_tokens, text_tokens, target, teacher_forced)
+        states = model.caption_states(encoded, target, teacher_forced)
         loss = F.cross_entropy(model.decoder.head(states).flatten(0, 1), target.flatten(), ignore_index=0)
         optimizer.zero_grad()
         loss.backward()

@@ -49,7 +49,7 @@ def test_clips_equals_the_plain_objective(shards: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = CLIPS(config.model)
     assert model.decoder is not None
-    z_img, z_txt, image_tokens, web_tokens = model.encode(normalise(batch["image"]), batch["texts"])
+    z_img, z_txt, image_tokens, web_tokens, _ = model.encode(normalise(batch["image"]), batch["texts"])
     scale = model.logit_scale.exp()
     contrastive = [info_nce_plain(z_img, z_txt[:, kind], scale) for kind in (0, 1)]
     hidden = model.decoder(image_tokens, web_tokens, 24)  # all learnable tokens, used or not
@@ -136,14 +136,16 @@ def test_the_captioner_of_coca_sees_the_words_before_and_none_after(shards: Path
     config = make_config(shards, tmp_path, "method=coca")
     torch.manual_seed(0)
     model, batch = CLIPS(config.model).eval(), first_batch(config)
-    _, _, image_tokens, web_tokens = model.encode(normalise(batch["image"]), batch["texts"])
     target = batch["target"]
     changed = target.clone()
     changed[:, 4] = 150
     with torch.no_grad():
-        a, b = (model.caption_states(image_tokens, web_tokens, t, teacher_forced=True) for t in (target, changed))
-        other_text = model.caption_states(image_tokens, web_tokens + 1, target, teacher_forced=True)
-        other_image = model.caption_states(image_tokens.flip(0), web_tokens, target, teacher_forced=True)
+        encoded = model.encode(normalise(batch["image"]), batch["texts"])
+        a, b = (model.caption_states(encoded, t, teacher_forced=True) for t in (target, changed))
+        other = encoded._replace(web_tokens=encoded.web_tokens + 1)
+        other_text = model.caption_states(other, target, teacher_forced=True)
+        other = encoded._replace(image_tokens=encoded.image_tokens.flip(0))
+        other_image = model.caption_states(other, target, teacher_forced=True)
     assert torch.equal(a[:, :5], b[:, :5])  # place k sees the tokens before k
     assert all(not torch.equal(a[:, k], b[:, k]) for k in range(5, target.shape[1]))
     assert torch.equal(a, other_text) and not torch.equal(a, other_image)

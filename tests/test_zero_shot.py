@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from clips_core.config import EvaluationConfig
+from clips_core.config import DataConfig, EvaluationConfig
 from clips_core.errors import InputError
 from clips_core.formats import export_open_clip
 from clips_core.model import CLIPS
@@ -125,13 +126,21 @@ def test_a_retrieval_set_reads_one_caption_or_several(
         tmp_path,
     )
 
-    def read(caption: str) -> RetrievalSet:
-        return RetrievalSet(EvaluationConfig(shards=tmp_path, caption=caption), tmp_path, ["png"], 32)
+    def read(caption: str, shards: str = str(tmp_path)) -> RetrievalSet:
+        return RetrievalSet(EvaluationConfig(shards=[shards], caption=[caption]), DataConfig(train=["unused"]), 32)  # type: ignore[list-item]
 
     flat = [text for own in texts for text in own]
     for several in (read("txt"), read("json.all")):
         assert several.captions == flat and several.owner.tolist() == [0, 0, 1, 2, 2, 2]
         assert several.pixels.shape == (3, 3, 32, 32) and several.pixels.dtype == torch.uint8
+    for i, own in enumerate(texts):
+        (tmp_path / f"{i}.png").write_bytes(png(i))
+    listing = tmp_path / "set.jsonl"
+    listing.write_text(
+        "".join(json.dumps({"image": f"{i}.png", "caption": "\n".join(own)}) + "\n" for i, own in enumerate(texts))
+    )
+    listed = read("caption", str(listing))
+    assert listed.captions == flat and torch.equal(listed.pixels, several.pixels)
     one = read("json.first")
     assert one.captions == [own[0] for own in texts] and one.owner.tolist() == [0, 1, 2]
     images, features = embed(model[0], several, model[1], batch_size=2)
