@@ -12,18 +12,16 @@ from torch import Tensor
 
 from clips_core.data import Batch
 from clips_core.errors import InputError
+from clips_core.plan import GPUS
 from clips_core.tokenizer import PAD
-
-# Dense bf16 peak of a GPU in FLOP/s, by a part of its name (makers' data sheets).
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 peak, or None where it is not known (a CPU)."""
+    """The device's dense bf16 peak in FLOP/s, or None where it is not known (a CPU)."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    name = torch.cuda.get_device_name(device).lower().replace(" ", "")
+    return next((gpu.peak for key, gpu in GPUS.items() if key in name), None)
 
 
 class Meter:

@@ -1,6 +1,5 @@
 """The training loop on tiny real shards: it learns, resumes exactly, and says clearly what is wrong."""
 
-import importlib.util
 import io
 import json
 import os
@@ -354,11 +353,26 @@ def test_the_best_weights_and_what_the_decoder_writes_are_kept(shards: Path, tmp
         assert row["images_per_second"] > 0 and row["gradient_norm"] > 0
 
 
-def test_a_tracker_that_is_not_installed_is_an_error_with_the_pip_line(shards: Path, tmp_path: Path) -> None:
-    for name in ("tensorboard", "wandb"):
-        if importlib.util.find_spec(name) is None:
-            with pytest.raises(InputError, match=f"{name} is not installed: pip install {name}"):
-                pretrain(make_config(shards, tmp_path / name, f"trackers=[{name}]"))
+def test_tensorboard_has_the_same_numbers_as_the_metrics_file(shards: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = pretrain(make_config(shards, tmp_path / "run", "trackers=[tensorboard]", "evaluation.every=160"))
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    rows = MetricsLog(out / "metrics.jsonl").rows()
+    for name in ("loss", "caption", "gradient_norm", "logit_scale", "images_per_second", "data_wait"):
+        expected = [(row["step"], pytest.approx(row[name], rel=1e-5)) for row in rows if name in row]
+        assert [(event.step, event.value) for event in events.Scalars(name)] == expected
+    found = [event.value for event in events.Scalars("zero_shot/image_to_text/R@1")]
+    assert found == pytest.approx([row["zero_shot"]["image_to_text"]["R@1"] for row in rows if "zero_shot" in row])
+
+
+def test_a_tracker_that_is_not_installed_is_an_error_with_the_pip_line(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
+    with pytest.raises(InputError, match="wandb is not installed: pip install wandb"):
+        pretrain(make_config(shards, tmp_path, "trackers=[wandb]"))
 
 
 def test_sigterm_saves_and_has_its_own_exit_status(shards: Path, tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_a_retrieval_set_reads_one_caption_or_several(
     for several in (read("txt"), read("json.all")):
         assert several.captions == flat and several.owner.tolist() == [0, 0, 1, 2, 2, 2]
         assert several.pixels.shape == (3, 3, 32, 32) and several.pixels.dtype == torch.uint8
-    for i, own in enumerate(texts):
+    for i in range(len(texts)):
         (tmp_path / f"{i}.png").write_bytes(png(i))
     listing = tmp_path / "set.jsonl"
     listing.write_text(
