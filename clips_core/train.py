@@ -34,13 +34,26 @@ from clips_core.distributed import (
     world_size,
 )
 from clips_core.errors import InputError, Stopped
-from clips_core.folders import MetricsLog, is_finished, sha256_file, write_json, write_manifest
+from clips_core.folders import (
+    MetricsLog,
+    first_difference,
+    is_finished,
+    read_json,
+    sha256_file,
+    write_json,
+    write_manifest,
+)
 from clips_core.meter import Meter, Trackers
 from clips_core.model import CLIPS, decayed_parameters
 from clips_core.step import parallel, training_step
 from clips_core.tokenizer import BERT_VOCAB, ClipsTokenizer
 
 STAGE = "pretrain"
+SKIPPED_STEPS = "skipped_steps.jsonl"
+HOW_NOT_WHAT = (
+    "micro_batch", "activation_checkpointing", "sharding", "compile", "trackers", "log_every", "save_every", "keep_checkpoints",
+    "max_skipped_steps",
+)  # fmt: skip
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -73,6 +86,8 @@ def _pretrain(config: PretrainConfig, device: torch.device) -> Path:
         inputs |= {f"init_from {name}": digest for name, digest in formats.locate(config.init_from).hashes().items()}
     if from_main(is_finished(config.out, STAGE, config, inputs) if is_main() else None):
         return config.out
+    if is_main():
+        _claim(config, inputs)
     held_out = None
     if config.evaluation.shards is not None and is_main():
         held_out = zero_shot.RetrievalSet(config.evaluation, config.data, config.model.image_size)
@@ -217,6 +232,30 @@ def _pretrain(config: PretrainConfig, device: torch.device) -> Path:
     return config.out
 
 
+def _claim(config: PretrainConfig, inputs: dict[str, str]) -> None:
+    """Write what this run is into its folder; if that holds another unfinished run, say in what they differ.
+
+    Settings that change how a step is computed and not what may differ.
+
+    Raises:
+        InputError: naming the first setting that differs.
+    """
+    described = to_dict(config)
+    for name in HOW_NOT_WHAT:
+        described.pop(name)
+    for name in ("workers", "cache"):
+        described["data"].pop(name)
+    run = {"config": described, "inputs": inputs}
+    path = config.out / "run.json"
+    difference = first_difference(read_json(path), run) if path.exists() else None
+    if difference is not None:
+        raise InputError(
+            f"{config.out} holds the beginning of another run ({difference}); give the same settings to go on with it, or "
+            "another `out`, with init_from if it shall start from finished weights"
+        )
+    write_json(path, run)
+
+
 def start_from(model: CLIPS, spec: str, tokenizer: ClipsTokenizer) -> None:
     """Copy the weights of an earlier run or a released tower, its position embeddings brought to the model's picture size.
 
@@ -342,7 +381,8 @@ class _Log:
     def __init__(self, config: PretrainConfig, step: int):
         self.metrics = MetricsLog(config.out / "metrics.jsonl")
         self.metrics.cut_after(step)
-        MetricsLog(config.out / "skipped_steps.jsonl").cut_after(step)
+        if (config.out / SKIPPED_STEPS).exists():
+            MetricsLog(config.out / SKIPPED_STEPS).cut_after(step)
         self.trackers = Trackers(list(config.trackers), config.out, to_dict(config))
 
     def log(self, **values: Any) -> None:
@@ -356,7 +396,7 @@ class _Log:
 def _skip_step(config: PretrainConfig, step: int, loss: float, norm: float, keys: list[str], in_a_row: int) -> None:
     """Record a step without a finite loss and gradient, with its samples; more than `max_skipped_steps` in a row end the run."""
     everyone = [key for part in gather_objects(keys) for key in part]
-    path = config.out / "skipped_steps.jsonl"
+    path = config.out / SKIPPED_STEPS
     if is_main():
         MetricsLog(path).log(step=step, loss=str(loss), gradient_norm=str(norm), keys=everyone)
         print(
@@ -366,8 +406,8 @@ def _skip_step(config: PretrainConfig, step: int, loss: float, norm: float, keys
     if in_a_row > config.max_skipped_steps:
         raise InputError(
             f"step {step}: the loss is {loss} and the gradient's norm {norm}, for {in_a_row} steps in a row "
-            f"(max_skipped_steps={config.max_skipped_steps}); lower learning_rate or look at the samples in {path}, then run "
-            "again: it goes on from the last checkpoint"
+            f"(max_skipped_steps={config.max_skipped_steps}); look at the samples in {path}; the same command tries again "
+            "from the last checkpoint, and a lower learning_rate needs a new folder"
         )
 
 

@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from clips_core import checkpoint, train
+from clips_core import checkpoint, formats, train
 from clips_core.average import Average
 from clips_core.config import PretrainConfig, load_config, to_dict
 from clips_core.data import PretrainDataset, batches
@@ -137,7 +137,7 @@ def test_pretraining_learns_and_explains_itself(shards: Path, tmp_path: Path) ->
 
 KILL = """
 import os, sys
-from clips_core import checkpoint, train
+from clips_core import checkpoint, formats, train
 from tests.test_pretrain import make_config
 from pathlib import Path
 mode, shards, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
@@ -172,6 +172,19 @@ def test_killed_run_goes_on_bit_identically(shards: Path, tmp_path: Path, mode: 
     assert losses(killed) == losses(whole)
     a, b = (load_file(run / "export" / "open_clip" / "open_clip_model.safetensors") for run in (whole, killed))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_an_unfinished_folder_takes_no_other_run(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(formats, "export", stop)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(make_config(shards, tmp_path))
+    monkeypatch.undo()
+    with pytest.raises(InputError, match=r"beginning of another run \(config.learning_rate: 0.002 → 0.001\)"):
+        pretrain(make_config(shards, tmp_path, "learning_rate=1e-3"))
+    pretrain(make_config(shards, tmp_path, "save_every=100", "data.workers=1", "micro_batch=7"))  # how, and not what
 
 
 def test_interrupt_saves_at_once(shards: Path, tmp_path: Path) -> None:
@@ -317,7 +330,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_names_its_samples(
     assert all(re.fullmatch(rf"{shards}/shard-\d{{6}}\.tar:\d{{4}}", key) for key in row["keys"])
     assert read_manifest(out)["outputs"]["skipped_steps"] == 1 and "step 5 is skipped" in capsys.readouterr().err
     calls, bad = 0, set(range(4, 100))
-    with pytest.raises(InputError, match=r"step 8: the loss is nan .* for 4 steps in a row.*lower learning_rate"):
+    with pytest.raises(InputError, match=r"step 8: the loss is nan .* for 4 steps in a row.*a lower learning_rate"):
         pretrain(make_config(shards, tmp_path / "nan", "samples=320", "evaluation.shards=null"))
 
 
