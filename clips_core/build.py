@@ -6,23 +6,16 @@ nothing but files and settings, so any number of worker processes gives the same
 after its last whole shard.
 """
 
-import collections
-import contextlib
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import re
 import shutil
-import signal
 import statistics
-import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from functools import partial
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -36,6 +29,7 @@ from clips_core.errors import InputError
 from clips_core.folders import MetricsLog, is_finished, write_bytes, write_manifest
 from clips_core.images import MAX_PIXELS, open_image
 from clips_core.listings import csv_rows, is_inside
+from clips_core.processes import ordered_map
 from clips_core.shards import write_shard
 from clips_core.tokenizer import RESERVED, train_vocab
 
@@ -43,7 +37,6 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 JOURNAL = "progress.jsonl"  # which shards are whole; there while a build is unfinished
 NOT_IN_THE_RESULT = ("source", "out", "workers", "max_bad_share")  # settings that do not change the shards
 
-In = TypeVar("In")
 Out = TypeVar("Out")
 
 
@@ -110,7 +103,6 @@ class _Build(NamedTuple):
     listed: int  # pictures that the source names
     skipped: list[Skipped]  # grows
     journal: MetricsLog
-    pool: Executor | None
 
 
 def build_shards(config: BuildConfig) -> Path:
@@ -127,26 +119,25 @@ def build_shards(config: BuildConfig) -> Path:
             its samples are bad (they are in `out/skipped.jsonl`), or if `out` holds something else.
     """
     folder, listed, captions_alone = _list_source(config)
-    with _processes(config.workers) as pool:
-        examine = partial(_examine, folder, config.caption_line)
-        examined = list(_progress("reading", _ordered_map(pool, examine, listed), len(listed)))
-        samples = [item for item in examined if isinstance(item, Sample)]
-        skipped = [item for item in examined if isinstance(item, Skipped)]
+    results = ordered_map(config.workers, _examine, (folder, config.caption_line), listed)
+    examined = list(_progress("reading", results, len(listed)))
+    samples = [item for item in examined if isinstance(item, Sample)]
+    skipped = [item for item in examined if isinstance(item, Skipped)]
 
-        settings = {key: value for key, value in to_dict(config).items() if key not in NOT_IN_THE_RESULT}
-        inputs = {"pictures and captions": _fingerprint(examined)}
-        if is_finished(config.out, "build", settings, inputs):
-            (config.out / JOURNAL).unlink(missing_ok=True)  # a kill may have come between manifest and unlink
-            print(f"{config.out} already holds this build")
-            return config.out
-        journal = _open_journal(config.out, {"settings": settings, **inputs})
-        build = _Build(config, folder, len(listed), skipped, journal, pool)
-        _stop_if_too_many_bad(build)
-        pretrain, retrieval = split(samples, config.held_out)
-        counts = {
-            "pretrain": _write_part("pretrain", pretrain, build),
-            "retrieval": _write_part("retrieval", retrieval, build),
-        }
+    settings = {key: value for key, value in to_dict(config).items() if key not in NOT_IN_THE_RESULT}
+    inputs = {"pictures and captions": _fingerprint(examined)}
+    if is_finished(config.out, "build", settings, inputs):
+        (config.out / JOURNAL).unlink(missing_ok=True)  # a kill may have come between manifest and unlink
+        print(f"{config.out} already holds this build")
+        return config.out
+    journal = _open_journal(config.out, {"settings": settings, **inputs})
+    build = _Build(config, folder, len(listed), skipped, journal)
+    _stop_if_too_many_bad(build)
+    pretrain, retrieval = split(samples, config.held_out)
+    counts = {
+        "pretrain": _write_part("pretrain", pretrain, build),
+        "retrieval": _write_part("retrieval", retrieval, build),
+    }
     if not counts["pretrain"]:
         raise InputError(f"{config.source}: none of its {len(listed)} pictures is left to train on")
 
@@ -245,8 +236,9 @@ def _jsonl_rows(listing: Path, file: Iterable[str]) -> Iterator[tuple[int, dict[
 # --- first pass: captions and hashes --------------------------------------------------------------------------------
 
 
-def _examine(folder: Path, caption_line: int, item: Listed) -> Sample | Skipped:
-    """Everything that can be said of a picture without decoding it."""
+def _examine(where: tuple[Path, int], item: Listed) -> Sample | Skipped:
+    """Everything that can be said of a picture without decoding it. `where`: folder, line of the caption."""
+    folder, caption_line = where
     path = folder / item.path
     if not _is_text(item.path):
         return Skipped(item.path, "file name is not UTF-8", "rename it")
@@ -317,7 +309,8 @@ def _write_part(name: str, samples: list[Sample], build: _Build) -> int:
     examined = rows[-1]["examined"] if rows else 0
     written, shards, logged = sum(row["samples"] for row in rows), len(rows), len(skipped)
     pending: list[dict[str, Any]] = []
-    results = _ordered_map(build.pool, partial(_prepare, build.folder, config), list(enumerate(samples))[examined:])
+    left = list(enumerate(samples))[examined:]
+    results = ordered_map(config.workers, _prepare, (build.folder, config), left)
     for result in _progress(name, results, len(samples), examined):
         examined += 1
         if isinstance(result, Skipped):
@@ -334,8 +327,9 @@ def _write_part(name: str, samples: list[Sample], build: _Build) -> int:
     return written
 
 
-def _prepare(folder: Path, config: BuildConfig, numbered: tuple[int, Sample]) -> dict[str, Any] | Skipped:
+def _prepare(where: tuple[Path, BuildConfig], numbered: tuple[int, Sample]) -> dict[str, Any] | Skipped:
     """Decode, resize and encode one picture: a sample for a shard."""
+    folder, config = where
     number, sample = numbered
     try:
         data = (folder / sample.path).read_bytes()
@@ -452,56 +446,6 @@ def _summary(outputs: dict[str, Any], config: BuildConfig) -> str:
     if outputs["captions_without_picture"]:
         text += f"; {outputs['captions_without_picture']} captions have no picture beside them"
     return text
-
-
-# --- worker processes -----------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _processes(workers: int) -> Iterator[Executor | None]:
-    """A pool of processes; None for one worker, which is this process."""
-    if workers == 1:
-        yield None
-        return
-    # spawn: a forked child could inherit a lock that a thread of this process holds.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """Ctrl-C is for the parent to handle; and when the parent is killed, its workers end too."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _ordered_map(
-    pool: Executor | None, function: Callable[[In], Out], items: list[In], chunk: int = 8
-) -> Iterator[Out]:
-    """`map` over processes: results in order, a bounded number of them under way."""
-    if pool is None:
-        yield from map(function, items)
-        return
-    under_way: collections.deque[Future[list[Out]]] = collections.deque()
-    for start in range(0, len(items), chunk):
-        under_way.append(pool.submit(_map_chunk, function, items[start : start + chunk]))
-        if len(under_way) > 4 * (os.cpu_count() or 1):
-            yield from under_way.popleft().result()
-    while under_way:
-        yield from under_way.popleft().result()
-
-
-def _map_chunk(function: Callable[[In], Out], items: list[In]) -> list[Out]:
-    return [function(item) for item in items]
 
 
 def _progress(name: str, results: Iterator[Out], total: int, done: int = 0) -> Iterator[Out]:
