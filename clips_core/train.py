@@ -241,7 +241,7 @@ def _claim(config: PretrainConfig, inputs: dict[str, str]) -> None:
         InputError: naming the first setting that differs.
     """
     described = to_dict(config)
-    for name in HOW_NOT_WHAT:
+    for name in ("out", *HOW_NOT_WHAT):
         described.pop(name)
     for name in ("workers", "cache"):
         described["data"].pop(name)

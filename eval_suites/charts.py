@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import floor, log10
+from math import floor, log2, log10
 
 from markupsafe import Markup, escape
 
@@ -81,3 +81,61 @@ def short(value: float) -> str:
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}"
     return f"{value:.3g}"
+
+
+# ------------------------------------------------------------------------------------- points with intervals
+
+WIDE, HIGH = 420, 270  # of a chart of intervals
+APART = 5  # pixels between the whiskers of two lines at one x
+
+
+@dataclass(frozen=True)
+class IntervalLine:
+    """Measured points with their intervals; `number` as in `Line`."""
+
+    name: str
+    number: int
+    points: list[tuple[float, float, float, float]]  # x, y, low, high; sorted by x, which is positive
+
+
+def interval_chart(title: str, lines: Sequence[IntervalLine], x_name: str, reference: float | None = None) -> Markup:
+    """An SVG of `lines` over a logarithmic x axis, whose ticks are the x that occur; y starts at 0.
+
+    `reference`: a dotted horizontal line (chance, say).
+    """
+    xs = sorted({x for line in lines for x, *_ in line.points})
+    y_high = max([high for line in lines for *_, high in line.points] + [reference or 0.0, 1e-9])
+    first, last = log2(xs[0]), log2(xs[-1])
+    left, right = LEFT + 24, WIDE - RIGHT - 24  # room for the whiskers of the first and the last x
+
+    def across(x: float) -> float:
+        return left + (right - left) * (log2(x) - first) / (last - first) if last > first else (left + right) / 2
+
+    def down(y: float) -> float:
+        return HIGH - BOTTOM - 16 - (HIGH - TOP - BOTTOM - 16) * y / y_high
+
+    parts = [f'<svg class="chart" viewBox="0 0 {WIDE} {HIGH}" role="img"><title>{escape(title)}</title>']
+    for y in ticks(0.0, y_high):
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDE - RIGHT}" y1="{down(y):.1f}" y2="{down(y):.1f}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{down(y) + 4:.1f}" text-anchor="end">{short(y)}</text>')
+    for x in xs:
+        position = f'x="{across(x):.1f}" y="{HIGH - BOTTOM}" text-anchor="middle"'
+        parts.append(f'<text class="tick" {position}>{short(x)}</text>')
+    middle = f'x="{(left + right) / 2:.1f}" y="{HIGH - 6}" text-anchor="middle"'
+    parts.append(f'<text class="tick" {middle}>{escape(x_name)}</text>')
+    if reference is not None:
+        level = f"{down(reference):.1f}"
+        parts.append(f'<line class="reference" x1="{LEFT}" x2="{WIDE - RIGHT}" y1="{level}" y2="{level}"/>')
+    for place, line in enumerate(lines):
+        shift = APART * (place - (len(lines) - 1) / 2)
+        path = " ".join(f"{across(x) + shift:.1f},{down(y):.1f}" for x, y, *_ in line.points)
+        parts.append(f'<g class="t{line.number}"><title>{escape(line.name)}</title>')
+        parts.append(f'<polyline class="line" points="{path}"/>')
+        for x, y, low, high in line.points:
+            at = f"{across(x) + shift:.1f}"
+            parts.append(f'<line class="span" x1="{at}" x2="{at}" y1="{down(low):.1f}" y2="{down(high):.1f}"/>')
+            parts.append(f'<circle class="end" cx="{at}" cy="{down(y):.1f}" r="3.5">')
+            parts.append(f"<title>{escape(line.name)}, {short(x)}: {y:.1f} [{low:.1f}, {high:.1f}]</title></circle>")
+        parts.append("</g>")
+    parts.append("</svg>")
+    return Markup("".join(parts))  # every text that comes from outside is escaped above

@@ -7,10 +7,13 @@ the stages, so that `--help` answers at once.
 import argparse
 import dataclasses
 import sys
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
 
 from clips_core.config import load_settings
 from clips_core.errors import InputError, Stopped
@@ -80,6 +83,10 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--out", required=True, type=Path, help="gets report.html and report.json")
     compare.set_defaults(run=_compare)
 
+    study = stages.add_parser("study", help="many runs that differ in one thing, and the figure of what it does")
+    kinds = study.add_subparsers(metavar="KIND", required=True)
+    _configured(kinds, "captions", "text length × strategy × captions: the paper's inverse effect", _study_captions)
+
     _configured(stages, "plan", "what a run will take: FLOPs, memory, days, storage, bandwidth; no GPU needed", _plan)
 
     demo = stages.add_parser("demo", help="the whole path on the sample world: two towers, two LLaVAs, one page")
@@ -119,10 +126,26 @@ def _keys(cls: type, prefix: str = "") -> list[str]:
             continue
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        default = getattr(default, "default", default)  # pydantic's Field
-        name = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
-        lines.append(f"{prefix}{field.name}: {name}{' (required)' if required else f' = {default}'}")
+        if isinstance(default, FieldInfo):
+            default = default.get_default(call_default_factory=True)
+        lines.append(f"{prefix}{field.name}: {_type_name(kind)}{' (required)' if required else f' = {default}'}")
     return lines
+
+
+def _type_name(kind: Any) -> str:
+    """A type as one would write it, without what only validates it."""
+    if get_origin(kind) is Annotated:
+        return _type_name(get_args(kind)[0])
+    if isinstance(kind, types.UnionType) or get_origin(kind) is Union:
+        return " | ".join(map(_type_name, get_args(kind)))
+    if kind is types.NoneType:
+        return "null"
+    if get_origin(kind) is Literal:
+        return " | ".join(map(str, get_args(kind)))
+    if isinstance(kind, type) and not get_args(kind):
+        return kind.__name__
+    inside = ", ".join(map(_type_name, get_args(kind)))
+    return f"{get_origin(kind).__name__}[{inside}]" if inside else str(kind)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,6 +249,13 @@ def _compare(args: argparse.Namespace) -> None:
     from eval_suites.report import Entry, compare
 
     compare([Entry.of(folder) for folder in args.runs], args.out, args.data)
+
+
+def _study_captions(args: argparse.Namespace) -> None:
+    import eval_suites
+    from eval_suites.study import CaptionStudyConfig, study_captions
+
+    study_captions(_config(CaptionStudyConfig, args, eval_suites))
 
 
 def _plan(args: argparse.Namespace) -> None:

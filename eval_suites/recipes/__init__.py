@@ -1,0 +1,1 @@
+"""Recipes of whole experiments (package data)."""

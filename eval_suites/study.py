@@ -1,0 +1,384 @@
+"""`clips-llava study captions`: does a shorter text make a better tower? The paper's inverse effect, measured.
+
+A grid of pretrainings that differ in nothing but what the text encoder reads of a caption: synthetic captions, shortened by each
+strategy to each length, and web captions beside them. All points see the same pictures in the same order, with the same schedule,
+the same first weights (of one seed) and the same FLOPs, since a short text is padded to the same context. What is compared is
+zero-shot retrieval among held-out pictures, *whose texts are always whole*, as in the paper: how long the texts were in training is
+the only thing that changes.
+
+Under `out` there are one run folder a point (`points/`, each as `clips-llava pretrain` leaves it), results.jsonl (one line a
+finished point), study.json, the figure as captions.svg and captions.png, and captions.html. All are written anew after every point.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic.dataclasses import dataclass
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import clips_core
+from clips_core.config import FORBID, PretrainConfig, Strategy, load_config, recipe_path, to_dict
+from clips_core.errors import InputError
+from clips_core.folders import MANIFEST, first_difference, read_json, read_manifest, write_bytes, write_json
+from clips_core.recaption import parse_part
+from eval_suites import study_page
+from eval_suites.comparison import between, percent
+from eval_suites.demo import Clock, with_clock
+from eval_suites.page import duration
+from eval_suites.study_curves import LABELS, MEASURES, Result, Study, analyse, scores_by_picture, tokens
+
+SETTINGS = "settings.json"  # of a study's folder: what all of its points have in common
+WEIGHTS = "export/open_clip/open_clip_model.safetensors"
+# Keys of a pretraining that the study sets itself, and where to say so instead.
+OWN_KEYS = {
+    "out": "each point has a folder under the study's own `out`",
+    "method": "every point is trained with the method clip, one text a picture",
+    "texts": "say it in strategies, lengths and sources",
+    "seed": "say it in seeds",
+}
+
+
+@dataclass(config=FORBID)
+class CaptionStudyConfig:
+    """The grid, and the pretraining that is the same at all of its points."""
+
+    out: Path  # the study's folder; several processes may share it
+    # Keys of `clips-llava pretrain` (pretrain.samples=…, pretrain.data.train=…), laid over the recipes that pretrain.recipe
+    # names, if any. The caption decoder is left out: the method is clip.
+    pretrain: dict[str, Any]
+    sources: list[Literal["synthetic", "web"]] = dataclasses.field(default_factory=lambda: ["synthetic", "web"])
+    strategies: list[Strategy] = dataclasses.field(
+        default_factory=lambda: ["truncation", "random_mask", "block_mask", "sub_caption"]
+    )  # of synthetic captions
+    lengths: list[int] = dataclasses.field(default_factory=lambda: [8, 16, 32, 64])  # tokens without bos, eos, CLS
+    web_strategies: list[Literal["truncation", "random_mask", "block_mask"]] = dataclasses.field(
+        default_factory=lambda: ["truncation"]
+    )
+    web_lengths: list[int] | None = None  # null: the same lengths. Web captions are short: so should these be
+    seeds: list[int] = dataclasses.field(default_factory=lambda: [0])  # trainings of each point
+    part: str | None = None  # i/n: only points i, i + n, … of the grid; null: all
+
+    def __post_init__(self) -> None:
+        for name in ("sources", "strategies", "lengths", "web_strategies", "web_lengths", "seeds"):
+            values = getattr(self, name)
+            if values is not None and (not values or len(set(values)) < len(values)):
+                raise ValueError(f"{name} must name at least one, and each once")
+        if min([*self.lengths, *(self.web_lengths or [])]) < 1:
+            raise ValueError("lengths and web_lengths must be at least 1")
+        if self.part is not None:
+            parse_part(self.part)
+
+
+class Point(NamedTuple):
+    """One training of the grid."""
+
+    source: str  # synthetic or web
+    strategy: str
+    length: int  # body tokens
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.source}-{self.strategy}-{self.length}-seed{self.seed}"
+
+    def __str__(self) -> str:
+        return f"{self.source} captions, {LABELS[self.strategy]}, {tokens(self.length)}, seed {self.seed}"
+
+
+def study_captions(config: CaptionStudyConfig) -> Path:
+    """Train every point of this process's part that is not finished, and draw what is known.
+
+    Run again after an interruption, it goes on: finished points are not repeated, and the one that was interrupted goes on from its
+    last checkpoint. Several processes may share `out`: a point that another one is training is passed over. Under torchrun,
+    all processes of a launch train each point together.
+
+    Returns:
+        `config.out`.
+
+    Raises:
+        InputError: before the first training, if a point's settings are wrong, a length does not fit the text encoder, there is
+            nothing to evaluate on, or `out` holds a study with other settings; later, as `clips_core.train.pretrain`.
+    """
+    grid = points(config)
+    runs = {point: pretrain_config(config, point) for point in grid}
+    _check_lengths(grid, runs)
+    part, parts = (0, 1) if config.part is None else parse_part(config.part)
+
+    from clips_core.distributed import from_main, is_main, process_group  # torch: only now that the settings are right
+    from clips_core.train import pretrain
+
+    with process_group():
+        if is_main():
+            _agree_on_settings(config, runs[grid[0]])
+        finished = from_main({point for point in grid if _is_finished(runs[point])} if is_main() else None)
+        own = [point for point in grid[part::parts] if point not in finished]
+        if is_main():
+            print(
+                f"{config.out}: {len(grid)} trainings of {runs[grid[0]].samples} pictures each, {len(finished)} finished; "
+                f"{len(own)} to do here",
+                flush=True,
+            )
+        for number, point in enumerate(own, start=1):
+            run = runs[point]
+            with contextlib.ExitStack() as stack:
+                ours = from_main(stack.enter_context(claimed(run.out)) if is_main() else None)
+                if not ours or from_main(_is_finished(run) if is_main() else None):
+                    if is_main():
+                        print(f"\n[{number}/{len(own)}] {point}: another process has it", flush=True)
+                    continue
+                if is_main():
+                    _announce(f"[{number}/{len(own)}] {point}", runs, len(own) - number + 1)
+                    _share_index(run, runs)
+                    with_clock(Clock(run.out / "clock.json"), "pretrain", lambda run=run: pretrain(run))  # type: ignore[misc]
+                    publish(config, runs)
+                else:
+                    pretrain(run)
+        if is_main():
+            study = publish(config, runs)
+            if study is not None:
+                print_study(study, Console())
+            print(f"\n{_standing(config, runs)}")
+    return config.out
+
+
+# --- the grid -------------------------------------------------------------------------------------------------------
+
+
+def points(config: CaptionStudyConfig) -> list[Point]:
+    """Every training, in the order in which they are done: a whole picture with the first seed, then the next seed."""
+    kinds: list[tuple[str, Sequence[str], list[int]]] = []
+    if "synthetic" in config.sources:
+        kinds.append(("synthetic", config.strategies, config.lengths))
+    if "web" in config.sources:
+        kinds.append(("web", config.web_strategies, config.web_lengths or config.lengths))
+    return [
+        Point(source, strategy, length, seed)
+        for seed in config.seeds
+        for source, strategies, lengths in kinds
+        for strategy in strategies
+        for length in sorted(lengths)
+    ]
+
+
+def pretrain_config(config: CaptionStudyConfig, point: Point) -> PretrainConfig:
+    """The pretraining of one point.
+
+    Raises:
+        InputError: if `pretrain` has an unknown or wrong key, or one that the study sets itself.
+    """
+    base = dict(config.pretrain)
+    for key, instead in OWN_KEYS.items():
+        if key in base:
+            raise InputError(f"pretrain.{key}: the study sets it; {instead}")
+    recipes = base.pop("recipe", [])
+    recipes = [recipes] if isinstance(recipes, str) else recipes
+    if not isinstance(recipes, list) or not all(isinstance(name, str) for name in recipes):
+        raise InputError(f"pretrain.recipe: must be the name or path of a recipe, or a list of them, not {recipes!r}")
+    core = Path(clips_core.__file__).parent
+    own = {
+        "out": str(config.out / "points" / point.name),
+        "method": "clip",
+        "model": {"decoder": None},
+        "texts": {"source": point.source, "strategy": point.strategy, "length": point.length},
+        "seed": point.seed,
+    }
+    settings = [f"{key}={json.dumps(value)}" for values in (base, own) for key, value in _leaves(values)]
+    try:
+        return load_config(PretrainConfig, [recipe_path(core, name) for name in recipes], settings)
+    except InputError as error:
+        raise InputError(f"pretrain: {error}") from None
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values: `{"data": {"train": "a"}}` → `data.train`, `"a"`."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _check_lengths(grid: Sequence[Point], runs: dict[Point, PretrainConfig]) -> None:
+    run = runs[grid[0]]
+    longest = max(point.length for point in grid)
+    if longest + 3 > run.model.context_length:
+        raise InputError(
+            f"lengths: {longest} tokens need pretrain.model.context_length of at least {longest + 3} (bos, eos and CLS come "
+            f"with them), and it is {run.model.context_length}"
+        )
+    if run.evaluation.shards is None:
+        raise InputError(
+            "pretrain.evaluation.shards: name the held-out pictures; they are what the points are compared on"
+        )
+
+
+# --- the folder -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, wait: bool = False) -> Iterator[bool]:
+    """Whether `folder` is ours within, and no other process's. The claim ends with the process, however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:  # a file system without locks: `part` alone keeps the processes apart
+            pass
+        yield True
+    finally:
+        os.close(file)
+
+
+def _agree_on_settings(config: CaptionStudyConfig, run: PretrainConfig) -> None:
+    """Write down what all points have in common, or compare with what an earlier run or another process has written.
+
+    What changes only how a point is trained, and not what comes out, may differ from process to process.
+    """
+    from clips_core.train import HOW_NOT_WHAT
+
+    left_out = ("out", "texts", "seed", *HOW_NOT_WHAT)
+    settings = {name: value for name, value in to_dict(run).items() if name not in left_out}
+    settings["data"] = {k: value for k, value in settings["data"].items() if k not in ("workers", "cache")}
+    with claimed(config.out, wait=True):
+        path = config.out / SETTINGS
+        if not path.exists():
+            if (config.out / "points").exists():
+                raise InputError(f"{config.out}: has points but no {SETTINGS}; choose another folder")
+            write_json(path, settings)
+        difference = first_difference(read_json(path), settings)
+    if difference is not None:
+        raise InputError(
+            f"{config.out} holds a study with other settings (pretrain.{difference}); choose another out or delete it"
+        )
+
+
+def _is_finished(run: PretrainConfig) -> bool:
+    return (run.out / MANIFEST).is_file()
+
+
+def _share_index(run: PretrainConfig, runs: dict[Point, PretrainConfig]) -> None:
+    """Give a point the counts of samples that a finished one has made: large data is counted once, not once a point."""
+    made = [other.out / "data_index.jsonl" for other in runs.values() if _is_finished(other)]
+    index = next((path for path in made if path.exists()), None)
+    if index is not None and not (run.out / index.name).exists():
+        write_bytes(run.out / index.name, index.read_bytes())
+
+
+def read_row(point: Point, run: PretrainConfig) -> dict[str, Any]:
+    """The line of results.jsonl of a finished point.
+
+    Raises:
+        InputError: if its folder is another stage's, or holds no evaluation.
+    """
+    manifest, zero_shot = read_manifest(run.out, "pretrain"), read_json(run.out / "zero_shot.json")
+    outputs = manifest["outputs"]
+    return {
+        "point": point.name,
+        **point._asdict(),
+        **{way: zero_shot[way] for way in ("image_to_text", "text_to_image")},
+        "mean": {k: (zero_shot["image_to_text"][k] + zero_shot["text_to_image"][k]) / 2 for k in zero_shot["chance"]},
+        **{name: zero_shot[name] for name in ("chance", "n", "captions")},
+        **{name: outputs[name] for name in ("samples", "processes", "parameters", "flops_per_sample", "seconds")},
+        "flops": outputs["flops_per_sample"] * outputs["samples"],
+        "weights": manifest["weights"][WEIGHTS],
+        "inputs": manifest["inputs"],
+        "finished": manifest["finished"],
+        "folder": str(run.out),
+    }
+
+
+def publish(config: CaptionStudyConfig, runs: dict[Point, PretrainConfig]) -> Study | None:
+    """Write results.jsonl, study.json, the figure and the page from the points that are finished; None if none is.
+
+    Raises:
+        InputError: if two points were trained or evaluated on different data.
+    """
+    with claimed(config.out, wait=True):  # so that no process writes what it read before another one's last point
+        finished = {point: run for point, run in runs.items() if _is_finished(run)}
+        rows = [read_row(point, run) for point, run in finished.items()]
+        if not rows:
+            return None
+        for row in rows:
+            for key in ("inputs", "n", "captions"):
+                difference = first_difference(rows[0][key], row[key], key)
+                if difference is not None:
+                    names = f"{rows[0]['folder']} and {row['folder']}"
+                    raise InputError(f"{names} saw different data ({difference}); delete the one that is out of date")
+        owner = _owner(rows[0], next(iter(finished.values())))
+        results = [
+            Result(row, scores_by_picture(read_json(run.out / "zero_shot.json")["ranks"], owner))
+            for row, run in zip(rows, finished.values(), strict=True)
+        ]
+        write_bytes(config.out / "results.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+        study = analyse(results, to_dict(config), read_json(config.out / SETTINGS), len(runs))
+        write_json(config.out / "study.json", study.to_dict())
+        for kind in ("svg", "png"):
+            write_bytes(config.out / f"captions.{kind}", study_page.figure(study, kind))
+        write_bytes(config.out / "captions.html", study_page.render(study).encode())
+    return study
+
+
+def _owner(row: dict[str, Any], run: PretrainConfig) -> NDArray[np.int64]:
+    """The picture of each held-out caption, [C]. The held-out data is read only if pictures have several captions."""
+    if row["captions"] == row["n"]:
+        return np.arange(row["n"])
+    from clips_core.zero_shot import RetrievalSet
+
+    return RetrievalSet(run.evaluation, run.data, run.model.image_size).owner.numpy()
+
+
+# --- what is said of it ---------------------------------------------------------------------------------------------
+
+
+def _announce(what: str, runs: dict[Point, PretrainConfig], count: int) -> None:
+    """Print what begins, and the time left for `count` points like those that are finished, one after another."""
+    clocks = [run.out / "clock.json" for run in runs.values() if _is_finished(run)]
+    seconds = [Clock(path).total() for path in clocks if path.exists()]
+    left = f"   (about {duration(count * sum(seconds) / len(seconds))} left)" if seconds else ""
+    print(f"\n{what}{left}", flush=True)
+
+
+def _standing(config: CaptionStudyConfig, runs: dict[Point, PretrainConfig]) -> str:
+    missing = [point for point, run in runs.items() if not _is_finished(run)]
+    if not missing:
+        return f"All {len(runs)} points are finished. The page: {config.out / 'captions.html'}"
+    return (
+        f"{len(missing)} of {len(runs)} points are not finished (the first: {missing[0]}): other parts or processes have them, or "
+        "run the same command again"
+    )
+
+
+def print_study(study: Study, console: Console) -> None:
+    """All points as a table, then the findings."""
+    table = Table(
+        title="R@1 among held-out pictures in %, mean of both ways and each", title_justify="left", title_style="bold",
+        box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
+    )  # fmt: skip
+    several = any(point.trainings > 1 for curve in study.curves for point in curve.points)
+    for column in ("captions", "strategy"):
+        table.add_column(column, no_wrap=True)
+    for column in ("tokens", "R@1", "95 % interval", "→ caption", "→ picture", *(["trainings"] if several else [])):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in study.table():
+        mean, ways = row["mean"], [percent(row[way].value) for way in MEASURES if way != "mean"]
+        cells = [mean.source, LABELS[mean.strategy], str(mean.length), percent(mean.value)]
+        cells += [between(mean.interval, signed=False), *ways, *([str(mean.trainings)] if several else [])]
+        table.add_row(*map(Text, cells))
+    console.print(table)
+    for sentence in study.findings:
+        console.print(f"• {sentence}", highlight=False, markup=False)
