@@ -181,6 +181,13 @@ def _check(args: argparse.Namespace) -> None:
     check_data(_config(CheckConfig, args, clips_core))
 
 
+def _conversations(args: argparse.Namespace) -> None:
+    import llava_bridge
+    from llava_bridge.conversation_check import ConversationCheckConfig, check_conversations
+
+    check_conversations(_config(ConversationCheckConfig, args, llava_bridge))
+
+
 def _recaption(args: argparse.Namespace) -> None:
     import clips_core
     from clips_core.recaption import RecaptionConfig, recaption

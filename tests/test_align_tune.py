@@ -274,7 +274,7 @@ def test_text_only_samples_may_share_a_batch_with_pictures(world: World) -> None
     conversations = read_conversations(world.folder / "data" / "tune.json", world.folder / "data" / "images")
     text = dataclasses.replace(
         conversations[0],
-        image=None,
+        images=(),
         messages=({"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hi."}),
     )
     samples = [encoder.chat(c) for c in (conversations[1], text, conversations[2])]

@@ -46,7 +46,15 @@ def test_it_holds_every_file_of_the_packages_and_nothing_else(wheel: Path) -> No
     assert names == {path.relative_to(ROOT).as_posix() for path in paths if path.is_file()}
     wanted = ["clips_core/bert_vocab.txt", *(f"{package}/py.typed" for package in PACKAGES)]
     assert names.issuperset(wanted)
-    for folder in ("clips_core/recipes", "llava_bridge/recipes", "eval_suites/suites"):
+    for folder in (
+        "clips_core/recipes",
+        "clips_core/recipes/paper",
+        "llava_bridge/recipes",
+        "llava_bridge/templates",
+        "llava_bridge/layouts",
+        "eval_suites/recipes",
+        "eval_suites/suites",
+    ):
         assert any(name.startswith(folder) and name.endswith(".yaml") for name in names), folder
     requirements = [line.lower() for line in metadata.splitlines() if line.startswith("Requires-Dist:")]
     assert not any(heavy in line for line in requirements for heavy in ("lmms", "smollm2", "deepspeed", "llava"))
