@@ -46,15 +46,7 @@ def test_it_holds_every_file_of_the_packages_and_nothing_else(wheel: Path) -> No
     assert names == {path.relative_to(ROOT).as_posix() for path in paths if path.is_file()}
     wanted = ["clips_core/bert_vocab.txt", *(f"{package}/py.typed" for package in PACKAGES)]
     assert names.issuperset(wanted)
-    for folder in (
-        "clips_core/recipes",
-        "clips_core/recipes/paper",
-        "llava_bridge/recipes",
-        "llava_bridge/templates",
-        "llava_bridge/layouts",
-        "eval_suites/recipes",
-        "eval_suites/suites",
-    ):
+    for folder in ("clips_core/recipes/paper", "llava_bridge/recipes", "eval_suites/recipes", "eval_suites/suites"):
         assert any(name.startswith(folder) and name.endswith(".yaml") for name in names), folder
     requirements = [line.lower() for line in metadata.splitlines() if line.startswith("Requires-Dist:")]
     assert not any(heavy in line for line in requirements for heavy in ("lmms", "smollm2", "deepspeed", "llava"))
@@ -75,5 +67,5 @@ def test_the_command_works_elsewhere(wheel: Path, tmp_path: Path) -> None:
         code = f"import {name}; print({name}.__file__)"
         assert Path(run(python, "-c", code, cwd=elsewhere).strip()).is_relative_to(environment)
     text = run(environment / "bin" / "clips-llava", "--help", cwd=elsewhere)
-    for stage in ("data", "pretrain", "align", "tune", "eval", "compare", "demo"):
+    for stage in ("data", "pretrain", "align", "tune", "eval", "compare", "study", "plan", "demo"):
         assert stage in text
