@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clips_core.loss import caption_loss, caption_loss_plain, info_nce, info_nce_plain, summed_caption_loss
-from tests.memory import peak_bytes
+from clips_core.measure import peak_bytes
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
