@@ -62,7 +62,13 @@ def _parser() -> argparse.ArgumentParser:
     _configured(stages, "caption", "pictures → captions by a run's own caption decoder, one pass each", _caption)
 
     tower = stages.add_parser("tower", help="what a tower is: size, tokens, processor, hash")
-    tower.add_argument("spec", metavar="SPEC", help="clips:RUN_FOLDER or hf:FOLDER")
+    tower.add_argument(
+        "spec",
+        metavar="SPEC",
+        help="clips:RUN|FOLDER|hf-hub:…, open_clip:ARCH/PRETRAINED|FOLDER|hf-hub:…, or hf:FOLDER|ORG/NAME",
+    )
+    tower.add_argument("--image-size", type=int, help="another resolution, in pixels")
+    tower.add_argument("--export", type=Path, metavar="FOLDER", help="write its Hugging Face carrier there")
     tower.set_defaults(run=_tower)
 
     _configured(stages, "align", "stage 1: train the projector between a tower and a language model", _align)
@@ -220,9 +226,12 @@ def _pretrain(args: argparse.Namespace) -> None:
 
 
 def _tower(args: argparse.Namespace) -> None:
-    from llava_bridge.towers import load_tower
+    from llava_bridge.towers import export_tower, load_tower
 
-    print(load_tower(args.spec).describe())
+    tower = load_tower(args.spec, args.image_size)
+    print(tower.describe())
+    if args.export is not None:
+        export_tower(tower, args.export)
 
 
 def _align(args: argparse.Namespace) -> None:

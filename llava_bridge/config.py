@@ -64,6 +64,7 @@ class AlignConfig(StageConfig):
     """Stage 1: the projector alone learns to put pictures into the LLM's words, on `<image>` + caption."""
 
     tower: str  # tower spec, such as clips:runs/clips
+    image_size: int | None = None  # pixels; None: the tower's own resolution
     llm: str = "smollm2"  # smollm2, or a folder with a causal LM, its tokenizer and a chat template
     projector: Projector = "mlp2x_gelu"
     select_layer: int = (

@@ -128,7 +128,7 @@ def load_mllm(
     """
     folder = verified_model_folder(Path(folder))
     try:
-        processor = AutoProcessor.from_pretrained(folder)
+        processor = AutoProcessor.from_pretrained(folder, backend="pil")  # as in training: torchvision's pixels differ
         model, report = LlavaForConditionalGeneration.from_pretrained(
             folder, dtype=dtype or "auto", output_loading_info=True, use_safetensors=True
         )
@@ -221,10 +221,6 @@ def _build_processor(tower: Tower, llm_folder: Path, system_prompt: str | None) 
         raise InputError(f"language model {llm_folder}: its tokenizer has no eos token, so it could never stop")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if tower.num_prefix_tokens > 1:
-        raise InputError(
-            f"tower {tower.spec!r} has {tower.num_prefix_tokens} tokens before its patch tokens; a stock LLaVA drops one"
-        )
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
     tokenizer.chat_template = chat_template(tokenizer.chat_template, system_prompt)
     return LlavaProcessor(

@@ -86,7 +86,7 @@ def align(config: AlignConfig) -> Path:
         InputError: for whatever is wrong with tower, language model, data or folder, before any training.
     """
     # -------------------------------------------------------------------------------------------------- inputs
-    tower = load_tower(config.tower)
+    tower = load_tower(config.tower, config.image_size)
     llm = llm_folder(config.llm)
     conversations = read_conversations(config.data.json, config.data.images)
     inputs = {"tower": tower.weight_hash, "llm": weight_hash(llm), "data": sha256_file(config.data.json)}
@@ -121,7 +121,7 @@ def tune(config: TuneConfig) -> Path:
     # -------------------------------------------------------------------------------------------------- inputs
     aligned = read_manifest(config.align, "align")
     if config.tower is not None:
-        check_swap(load_tower(config.tower), config.align)
+        check_swap(load_tower(config.tower, aligned["config"].get("image_size")), config.align)
     conversations = read_conversations(config.data.json, config.data.images)
     inputs = {
         "tower": aligned["inputs"]["tower"],
