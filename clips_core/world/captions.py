@@ -87,6 +87,17 @@ def whole_scene(scene: Scene, rng: random.Random) -> str:
     return f"{text} on {ground}"
 
 
+def brief(scene: Scene, rng: random.Random) -> str:
+    """A few words, as a captioner of alt-texts writes: each object with its colour, read from left to right; at times more."""
+    things = sorted(scene.things, key=lambda thing: thing.centre)
+    text = " and ".join(article(full_name(thing)) for thing in things)
+    if scene.word and rng.random() < 0.6:
+        text += f" with the word {scene.word}"
+    if scene.background is not None and rng.random() < 0.2:
+        text += f" on {' '.join(scene.background)}"
+    return text
+
+
 def _ground(background: Background, rng: random.Random, short: bool = False) -> str:
     pattern, tint = background
     if pattern == "plain":

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from clips_core.world.captions import NUMBERS, RELATION_PHRASES, article, describe, full_name, whole_scene, written
+from clips_core.world.captions import NUMBERS, RELATION_PHRASES, article, brief, describe, full_name, written
 from clips_core.world.scenes import OPPOSITE, Scene, Thing, draw_name, relation
 from clips_core.world.settings import Rules
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."  # LLaVA-1.5's own suffix
-SHORT_SHARE = 0.75  # of the conversations; the others answer in sentences
+SHORT_SHARE = 0.85  # of the conversations; the others answer in sentences
 DESCRIBE_BRIEFLY = (
     "Give a short description of this picture.", "Write a brief caption for the image.", "Summarize what the image shows.",
     "In one sentence, say what is in the picture.", "Provide a concise caption.", "What does this image show, in short?",
@@ -213,18 +213,21 @@ def _related_to(scene: Scene, thing: Thing, rng: random.Random) -> Thing | None:
 
 
 def align_record(key: str, scene: Scene, rng: random.Random) -> dict[str, Any]:
-    """A picture and its caption, in the shape of LLaVA's stage 1 data; `image` is relative to the folder of the pictures."""
-    caption = written(describe(scene, rng, 2, 2) if rng.random() < 0.4 else [whole_scene(scene, rng)])
-    return _record(key, [(rng.choice(DESCRIBE_BRIEFLY), caption)])
+    """A picture and its caption, in the shape of LLaVA's stage 1 data; `image` is relative to the folder of the pictures.
+
+    LLaVA aligns on short captions, and so does this: whatever can be worded in several ways costs a loss that no picture
+    explains.
+    """
+    return _record(key, [(rng.choice(DESCRIBE_BRIEFLY), written([brief(scene, rng)]))])
 
 
 def tune_record(key: str, scene: Scene, rules: Rules, rng: random.Random) -> dict[str, Any]:
-    """A picture and 6 to 8 questions with answers, in the shape of LLaVA's stage 2 data.
+    """A picture and 4 or 5 questions with answers, in the shape of LLaVA's stage 2 data.
 
     As there, a conversation is either of short answers, asked for once at its beginning, or of whole sentences; one of
     sentences ends in a description.
     """
-    asks = _asks(scene, rules, rng, rng.randint(6, 8))
+    asks = _asks(scene, rules, rng, rng.randint(4, 5))
     rng.shuffle(asks)
     if rng.random() < 0.5:  # an earlier turn must not always give existence away
         asks.sort(key=lambda ask: ask.kind != "exists")
@@ -246,7 +249,7 @@ def _record(key: str, turns: list[tuple[str, str]]) -> dict[str, Any]:
 
 
 def _asks(scene: Scene, rules: Rules, rng: random.Random, number: int) -> list[Ask]:
-    """Different questions: existence three times, then count, colour, position and the printed word, then more of those.
+    """Different questions: existence three times, then of count, colour, position and the printed word in any order.
 
     Whether the answer shall be yes is drawn before the question and kept while a question is sought that was not asked
     before; else `no`, which has more variants, would win.
@@ -280,6 +283,7 @@ def _asks(scene: Scene, rules: Rules, rng: random.Random, number: int) -> list[A
         return ask_word(scene) if rng.random() < 0.6 else ask_word_is(scene, rules, rng, yes)
 
     topics: list[Callable[[bool], Ask | None]] = [count, colour, position, *([reading] if scene.word else [])]
+    rng.shuffle(topics)
     pending = [existence, existence, existence, *topics]
     asks: list[Ask] = []
     while len(asks) < number:

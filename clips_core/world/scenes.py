@@ -150,16 +150,23 @@ def _place(rng: random.Random, names: list[str], rules: Rules, taken: list[Box])
             side = round(size * rng.uniform(level.min_size, largest))
             width, height = glyph(name, side).shape[::-1]
             for _ in range(12):
-                x, y = rng.randint(1, size - width - 1), rng.randint(1, size - height - 1)
+                x, y = _start(rng, width, size, level.grid), _start(rng, height, size, level.grid)
                 box = (x, y, x + width, y + height)
-                if not any(_meet(box, other) for other in (*taken, *boxes)):
+                if min(box) >= 1 and max(box) < size and not any(_meet(box, other) for other in (*taken, *boxes)):
                     boxes.append(box)
                     break
             else:
                 break
         if len(boxes) == len(names):
             return boxes
-    raise InputError(f"world config: {len(names)} objects do not fit into a picture; lower max_objects")
+    raise InputError(f"world config: {len(names)} objects do not fit into a picture; lower max_objects or change grid")
+
+
+def _start(rng: random.Random, length: int, size: int, grid: int) -> int:
+    """Where a box of `length` pixels begins, along one side of the picture: its centre on a line of the grid, or anywhere."""
+    if not grid:
+        return rng.randint(1, size - length - 1)
+    return round(size * rng.randint(1, grid - 1) / grid - length / 2)
 
 
 def _meet(a: Box, b: Box) -> bool:
