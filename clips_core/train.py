@@ -75,12 +75,12 @@ def pretrain(config: PretrainConfig) -> Path:
 def _pretrain(config: PretrainConfig, device: torch.device) -> Path:
     # -------------------------------------------------------------------------------------------------- inputs
     tokenizer = ClipsTokenizer(config.data.vocab or BERT_VOCAB, config.model.text_padding == "attended")
+    dataset = PretrainDataset(config, tokenizer)
+    dataset.check(config.batch_size, world_size())
     if len(tokenizer) > config.model.vocab_size:
         raise InputError(
             f"vocabulary {tokenizer.vocab_path} has {len(tokenizer)} entries, but model.vocab_size is {config.model.vocab_size}"
         )
-    dataset = PretrainDataset(config, tokenizer)
-    dataset.check(config.batch_size, world_size())
     inputs = {"data": dataset.sources.fingerprint(), "vocab": sha256_file(tokenizer.vocab_path)}
     if config.init_from is not None:
         inputs |= {f"init_from {name}": digest for name, digest in formats.locate(config.init_from).hashes().items()}

@@ -120,7 +120,7 @@ def test_each_stage_says_where_it_stands(run: Path) -> None:
         (["align", "demo_align", "out=x", "tower=clips:nowhere", "data.json=a", "data.images=b"], "nowhere"),
         (["eval", "run", "model=nowhere", "data=nowhere", "out=x"], "nowhere"),
         (["compare", "nowhere", "elsewhere", "--data", "x", "--out", "y"], "nowhere"),
-        (["tower", "clip:nowhere"], "did you mean 'clips'"),
+        (["tower", "clip:nowhere"], "did you mean 'clips:"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:

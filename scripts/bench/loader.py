@@ -242,7 +242,6 @@ def images_per_second_and_core(make: Callable[[], Iterable[Any]], settings: Sett
 
 def run(settings: Settings) -> dict[str, Any]:
     """Measure all of it: `{"environment", "settings", "same", "shards": {kind: {"bytes", "images_per_second_and_core": {…}}}}`."""
-    torch.set_num_threads(1)
     result: dict[str, Any] = {"environment": environment(), "settings": dataclasses.asdict(settings), "shards": {}}
     with tempfile.TemporaryDirectory(prefix="clips-llava-bench-") as temporary:
         for kind, (width, height) in KINDS.items():
@@ -316,4 +315,5 @@ def main(arguments: Sequence[str] = ()) -> int:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # by one core
     sys.exit(main(sys.argv[1:]))
