@@ -6,7 +6,6 @@ It reads with training's own readers, so that what it counts is what training wi
 gives the same report.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -16,7 +15,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -32,6 +31,7 @@ from clips_core.folders import (
     is_finished,
     read_json,
     read_manifest,
+    replacing,
     sha256_file,
     write_bytes,
     write_json,
@@ -377,7 +377,7 @@ def _report(
                 other[fault.cause] += 1
                 yield Finding(fault.shard, "", fault.cause, fault.detail, "replace the file")
 
-    with _replacing(config.out / REPAIR) as file:
+    with replacing(config.out / REPAIR) as file:
         file.writelines(repair_lines(findings()))
     files = sum(len(source.files) for source in sources.sources)
     report: dict[str, Any] = {
@@ -425,18 +425,6 @@ def _distribution(counts: Counter[int]) -> dict[str, Any]:
     quantiles = {f"p{q * 100:g}": int(values[np.searchsorted(ends, max(1, int(np.ceil(q * n))))]) for q in QUANTILES}
     mean = sum(value * count for value, count in counts.items()) / n
     return {"n": n, "mean": round(mean, 2), "min": int(values[0]), **quantiles, "max": int(values[-1])}
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which appears under its name once it is whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _stop_if_too_many_bad(report: dict[str, Any], config: CheckConfig) -> None:

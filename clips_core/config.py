@@ -267,6 +267,19 @@ def to_dict(config: Any) -> dict[str, Any]:
     return TypeAdapter(type(config)).dump_python(config, mode="json")
 
 
+# Settings of a pretraining run that say how a step is computed, shown and kept, and not what comes out.
+HOW_NOT_WHAT = (
+    "micro_batch", "activation_checkpointing", "sharding", "compile", "trackers", "log_every", "save_every", "keep_checkpoints",
+    "max_skipped_steps",
+)  # fmt: skip
+
+
+def what_trains(config: PretrainConfig) -> dict[str, Any]:
+    """A run's settings without its folder and `HOW_NOT_WHAT`: two runs that are alike in these come out alike."""
+    settings = {name: value for name, value in to_dict(config).items() if name not in ("out", *HOW_NOT_WHAT)}
+    return settings | {"data": {k: v for k, v in settings["data"].items() if k not in ("workers", "cache")}}
+
+
 def recipe_path(package_folder: Path, name: str | Path) -> Path:
     """A recipe by the name of one that ships beside `package_folder`'s code (`one_node/clips_b16_112`), or by its path."""
     if Path(name).suffix in (".yaml", ".yml"):

@@ -79,6 +79,15 @@ def gather_rows(value: Tensor) -> Tensor:
     return rows
 
 
+def max_over_processes(value: int) -> int:
+    """The largest of all processes' values: one small message through gloo, cheap enough for every step."""
+    if not dist.is_initialized():
+        return value
+    largest = torch.tensor(value)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
 def gather_objects(value: Any) -> list[Any]:
     """A small Python value of every process, on all of them."""
     if not dist.is_initialized():

@@ -14,7 +14,6 @@ goes on after the last whole task. Tasks know nothing of each other, so any numb
 
 import errno
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -40,7 +39,7 @@ from clips_core.errors import InputError
 from clips_core.files import find_files, is_remote
 from clips_core.folders import first_difference, is_finished, read_json, write_bytes, write_json, write_manifest
 from clips_core.processes import ordered_map
-from clips_core.shards import Tar, scan_tar
+from clips_core.shards import Tar, add_sample, scan_tar
 
 REPORT, PER_SHARD, WORK, BITS = "report.json", "shards.jsonl", ".join", "wanted.bits"
 GROUP = 16  # shards whose captions are in memory at a time
@@ -474,13 +473,7 @@ def _write_shard(path: Path, found: dict[int, tuple[int, bytes]], config: JoinCo
                     examples[cause].append(sample["__key__"])
             if not cause or config.keep_unmatched:
                 written += 1
-                for extension, data in sample.items():
-                    if not extension.startswith("__"):
-                        info = tarfile.TarInfo(
-                            f"{sample['__key__']}.{extension}"
-                        )  # owner 0, mtime 0: no trace of who, when
-                        info.size = len(data)
-                        tar.addfile(info, io.BytesIO(data))
+                add_sample(tar, sample)
     source.close()
     if written:
         os.replace(temporary, config.out / path.name)

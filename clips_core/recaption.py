@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
-import io
 import json
 import os
 import re
@@ -39,13 +38,14 @@ from clips_core.folders import (
     first_difference,
     read_json,
     read_manifest,
+    replacing,
     sha256_file,
     write_bytes,
     write_json,
     write_manifest,
 )
 from clips_core.images import open_image
-from clips_core.shards import Tar
+from clips_core.shards import Tar, add_sample
 
 PROMPT = (
     "Describe this picture in detail, in one paragraph of several plain sentences: what it shows, the objects with their "
@@ -332,17 +332,12 @@ def _from_row(row: dict[str, Any]) -> Outcome:
 
 def _write_tar(path: Path, samples: Iterator[dict[str, Any]]) -> None:
     """One sample in memory at a time; the tar is on the disk, whole, before it has its name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
+    with replacing(path) as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:  # it has room for long keys
             for sample in samples:
-                for extension in (name for name in sample if not name.startswith("__")):
-                    info, data = tarfile.TarInfo(f"{sample['__key__']}.{extension}"), sample[extension]
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+                add_sample(tar, sample)
         file.flush()
         os.fsync(file.fileno())  # the journal is deleted next
-    os.replace(temporary, path)
 
 
 def read_description(sample: dict[str, Any]) -> dict[str, Any]:

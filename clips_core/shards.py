@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clips_core.errors import InputError
+from clips_core.folders import replacing
 
 BLOCK = 512  # bytes: a tar is made of blocks, and ends in two of zeros
 
@@ -160,18 +161,20 @@ def write_shards(samples: Iterable[dict[str, Any]], folder: Path | str, per_shar
 
 def write_shard(samples: list[dict[str, Any]], path: Path) -> Path:
     """Write one tar (see `write_shards`); it appears under its name only once it is whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with replacing(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples:
-            for extension, value in sample.items():
-                if extension == "__key__":
-                    continue
-                data = _encode(value)
-                info = tarfile.TarInfo(f"{sample['__key__']}.{extension}")  # owner 0, mtime 0: no trace of when or who
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    os.replace(temporary, path)
+            add_sample(tar, sample)
     return path
+
+
+def add_sample(tar: tarfile.TarFile, sample: dict[str, Any]) -> None:
+    """Add the files of a sample (see `write_shards`) to an open tar; `__key__` and the like are none."""
+    for extension, value in sample.items():
+        if not extension.startswith("__"):
+            data = _encode(value)
+            info = tarfile.TarInfo(f"{sample['__key__']}.{extension}")  # owner 0, mtime 0: no trace of when or who
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
 
 
 def _encode(value: Any) -> bytes:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from clips_core.config import PretrainConfig
@@ -63,9 +63,7 @@ def training_step(
                 loss = (z_img * d_img[number]).sum() + (z_txt * d_txt[number]).sum()
             else:
                 metrics, loss = _contrastive(z_img, z_txt, logit_scale, config)
-                loss = (
-                    world_size() * loss
-                )  # since DDP and FSDP take the mean over processes, and the loss is one of all
+                loss = world_size() * loss  # DDP and FSDP take the mean over processes, and the loss is one of all
             if summed is not None:
                 loss = loss + world_size() * CAPTION_WEIGHT * summed / count
                 caption += summed.detach() / count
@@ -123,8 +121,6 @@ def parallel(model: CLIPS, sharding: Literal["ddp", "fsdp"]) -> nn.Module:
         for block in model.blocks():
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh, ignored_params={model.logit_scale})
-        for method in ("encode_image", "encode_text"):
-            register_fsdp_forward_method(model, method)
         return model
     # A parameter of the outermost module goes by two names there: one with a dot before it, one without.
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["logit_scale", ".logit_scale"])

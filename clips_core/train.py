@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from clips_core import checkpoint, formats, zero_shot
 from clips_core.average import Average
-from clips_core.config import PretrainConfig, to_dict
+from clips_core.config import PretrainConfig, to_dict, what_trains
 from clips_core.data import PretrainDataset, batches, collate
 from clips_core.decoding import decode_captions
 from clips_core.distributed import (
@@ -29,6 +29,7 @@ from clips_core.distributed import (
     from_main,
     gather_objects,
     is_main,
+    max_over_processes,
     process_group,
     rank,
     world_size,
@@ -50,10 +51,6 @@ from clips_core.tokenizer import BERT_VOCAB, ClipsTokenizer
 
 STAGE = "pretrain"
 SKIPPED_STEPS = "skipped_steps.jsonl"
-HOW_NOT_WHAT = (
-    "micro_batch", "activation_checkpointing", "sharding", "compile", "trackers", "log_every", "save_every", "keep_checkpoints",
-    "max_skipped_steps",
-)  # fmt: skip
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -128,9 +125,8 @@ def _pretrain(config: PretrainConfig, device: torch.device) -> Path:
         )
     started = time.monotonic() - counters["seconds"]
 
-    def evaluate_and_log() -> dict[str, Any]:
-        """Zero-shot retrieval of the weights as they would be exported; the best so far are kept in `best/`."""
-        usable = usable_weights(plain, average)  # every process takes part
+    def evaluate_and_log(usable: CLIPS) -> dict[str, Any]:
+        """Zero-shot retrieval of weights as they would be exported; the best so far are kept in `best/`."""
         if log is None or held_out is None:
             return {}
         result = evaluate(usable, held_out, tokenizer)
@@ -195,7 +191,7 @@ def _pretrain(config: PretrainConfig, device: torch.device) -> Path:
                 bar.set_postfix({name: f"{value:.3f}" for name, value in metrics.items()})
             every = config.evaluation.every
             if every and step < total_steps and step * config.batch_size % every < config.batch_size:
-                evaluate_and_log()
+                evaluate_and_log(usable_weights(plain, average))
             signum = stop()
             if (step % config.save_every == 0 or signum) and step < total_steps:
                 counters["seconds"] = time.monotonic() - started
@@ -210,7 +206,7 @@ def _pretrain(config: PretrainConfig, device: torch.device) -> Path:
 
     # -------------------------------------------------------------------------------------------------- results
     usable = usable_weights(plain, average)
-    result = evaluate_and_log()
+    result = evaluate_and_log(usable)
     if log is not None:
         outputs: dict[str, Any] = {
             "method": config.method,
@@ -240,12 +236,7 @@ def _claim(config: PretrainConfig, inputs: dict[str, str]) -> None:
     Raises:
         InputError: naming the first setting that differs.
     """
-    described = to_dict(config)
-    for name in ("out", *HOW_NOT_WHAT):
-        described.pop(name)
-    for name in ("workers", "cache"):
-        described["data"].pop(name)
-    run = {"config": described, "inputs": inputs}
+    run = {"config": what_trains(config), "inputs": inputs}
     path = config.out / "run.json"
     difference = first_difference(read_json(path), run) if path.exists() else None
     if difference is not None:
@@ -365,7 +356,7 @@ def stop_requested() -> Iterator[Callable[[], int]]:
         received = signum
 
     def anywhere() -> int:
-        return max(gather_objects(received))
+        return max_over_processes(received)
 
     previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:

@@ -41,8 +41,8 @@ STAGES = {
 COLOURS = 6  # towers that the style sheet tells apart
 
 
-def render(report: Report, runs: Sequence[Run], patterns: Sequence[Pattern]) -> str:
-    """The page as HTML. Every text that comes from data is escaped by the template engine."""
+def environment() -> Environment:
+    """The template engine of all pages, which escapes every text, with the filters for figures."""
     template = Environment(
         loader=PackageLoader("eval_suites"),
         autoescape=True,
@@ -57,9 +57,15 @@ def render(report: Report, runs: Sequence[Run], patterns: Sequence[Pattern]) -> 
         "p_text": comparison.p_text,
         "duration": duration,
         "quantity": quantity,
-        "label": lambda benchmark: LABELS.get(benchmark, benchmark),
         "json": lambda value: json.dumps(value, indent=2, ensure_ascii=False),
     }
+    return template
+
+
+def render(report: Report, runs: Sequence[Run], patterns: Sequence[Pattern]) -> str:
+    """The page as HTML. Every text that comes from data is escaped by the template engine."""
+    template = environment()
+    template.filters["label"] = lambda benchmark: LABELS.get(benchmark, benchmark)
     answers = [row for row in report.comparisons if row.metric == ACCURACY]
     marks = comparison.verdicts(report.comparisons)
     return template.get_template("report.html.j2").render(

@@ -28,7 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 import clips_core
-from clips_core.config import FORBID, PretrainConfig, Strategy, load_config, recipe_path, to_dict
+from clips_core.config import FORBID, PretrainConfig, Strategy, load_config, recipe_path, to_dict, what_trains
 from clips_core.errors import InputError
 from clips_core.folders import MANIFEST, first_difference, read_json, read_manifest, write_bytes, write_json
 from clips_core.recaption import parse_part
@@ -249,11 +249,7 @@ def _agree_on_settings(config: CaptionStudyConfig, run: PretrainConfig) -> None:
 
     What changes only how a point is trained, and not what comes out, may differ from process to process.
     """
-    from clips_core.train import HOW_NOT_WHAT
-
-    left_out = ("out", "texts", "seed", *HOW_NOT_WHAT)
-    settings = {name: value for name, value in to_dict(run).items() if name not in left_out}
-    settings["data"] = {k: value for k, value in settings["data"].items() if k not in ("workers", "cache")}
+    settings = {name: value for name, value in what_trains(run).items() if name not in ("texts", "seed")}
     with claimed(config.out, wait=True):
         path = config.out / SETTINGS
         if not path.exists():

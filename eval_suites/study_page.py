@@ -1,17 +1,15 @@
 """A caption study as one page, captions.html, and as a figure to print, captions.svg and captions.png."""
 
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from eval_suites import comparison, study_curves
+from eval_suites import study_curves
 from eval_suites.charts import IntervalLine, interval_chart
-from eval_suites.page import duration, quantity
+from eval_suites.page import environment
 from eval_suites.study_curves import LABELS, MEASURES, Curve, Study
 
 SOURCES = {"synthetic": "Synthetic captions", "web": "Web captions"}
@@ -21,33 +19,22 @@ X_NAME = "tokens of the text in training (log scale)"
 
 def render(study: Study) -> str:
     """The page as HTML, without script or outside resource. Every text that comes from data is escaped by the engine."""
-    template = Environment(
-        loader=PackageLoader("eval_suites"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    template.filters |= {
-        "percent": comparison.percent,
-        "points": comparison.points,
-        "between": comparison.between,
-        "duration": duration,
-        "quantity": quantity,
-        "json": lambda value: json.dumps(value, indent=2, ensure_ascii=False),
-    }
-    return template.get_template("study.html.j2").render(
-        study=study,
-        name=Path(study.config["out"]).name,
-        headline=study.findings[0],
-        basis=study.findings[1],
-        labels=LABELS,
-        numbers=NUMBERS,
-        measures=MEASURES,
-        present=study_curves.strategies(study.curves),
-        charts={measure: _panels(study, measure) for measure in MEASURES},
-        trends=[curve for curve in study.curves if curve.trend is not None],
-        several=any(point.trainings > 1 for curve in study.curves for point in curve.points),
+    return (
+        environment()
+        .get_template("study.html.j2")
+        .render(
+            study=study,
+            name=Path(study.config["out"]).name,
+            headline=study.findings[0],
+            basis=study.findings[1],
+            labels=LABELS,
+            numbers=NUMBERS,
+            measures=MEASURES,
+            present=study_curves.strategies(study.curves),
+            charts={measure: _panels(study, measure) for measure in MEASURES},
+            trends=[curve for curve in study.curves if curve.trend is not None],
+            several=any(point.trainings > 1 for curve in study.curves for point in curve.points),
+        )
     )
 
 

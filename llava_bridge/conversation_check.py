@@ -8,7 +8,6 @@ What has been looked at stays in OUT/.check, in small files that appear whole: a
 check that is run again, after fetching pictures, say, or to write the repaired file, looks only at pictures that changed.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -20,7 +19,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -30,7 +29,15 @@ from tqdm import tqdm
 
 from clips_core.config import FORBID, load_config, to_dict
 from clips_core.errors import BadSample, InputError
-from clips_core.folders import first_difference, read_json, sha256_file, write_bytes, write_json, write_manifest
+from clips_core.folders import (
+    first_difference,
+    read_json,
+    replacing,
+    sha256_file,
+    write_bytes,
+    write_json,
+    write_manifest,
+)
 from clips_core.images import FORMATS, open_image
 from clips_core.processes import ordered_map
 from llava_bridge.records import (
@@ -401,7 +408,7 @@ def _report(
     other: Counter[str] = Counter()
     lengths: list[int] = []
     sources = _Sources(layout)
-    with _replacing(config.out / FINDINGS) as file:
+    with replacing(config.out / FINDINGS) as file:
         for row in _rows(records):
             found = list(row.faults)
             pictures = row.pictures or []
@@ -576,7 +583,7 @@ def _write_repaired(config: ConversationCheckConfig, decisions: np.ndarray, bad:
     """Write the file that training takes, one record a line, and the list of those that it lacks."""
     lines = is_jsonl(config.json)
     written = 0
-    with _replacing(path) as file, _replacing(config.out / DROPPED) as dropped:
+    with replacing(path) as file, replacing(config.out / DROPPED) as dropped:
         file.write(b"" if lines else b"[")
         records = zip(read_records(config.json), decisions.tolist(), strict=True)
         for record, decision in tqdm(records, "writing", len(decisions), unit="record"):
@@ -618,15 +625,3 @@ def _run(
     results = ordered_map(workers, function, shared, parts)
     for _ in tqdm(results, name, total=total, initial=total - len(parts), unit="part", mininterval=0.5):
         pass
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which appears under its name once it is whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
