@@ -24,10 +24,12 @@ test: $(STAMP)  ## format, lint and type checks, then the tests but the slow one
 	$(BIN)/mypy
 	$(BIN)/pytest -m "not slow"
 
-test-slow: $(STAMP)  ## the slow tests: the built wheel elsewhere, whole runs
+test-slow: $(STAMP)  ## the slow tests: the built wheel elsewhere, other versions, the original LLaVA, whole runs
+	@$(PIP) -r requirements/slow.txt -r requirements/bench.txt
 	$(BIN)/pytest -m slow
 
 bench: $(STAMP)  ## measure the hot paths on this machine
+	@$(PIP) -r requirements/bench.txt
 	@set -e; for script in scripts/bench/*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
 clean:  ## remove caches and build products; .venv and runs/ stay
@@ -45,8 +47,8 @@ $(STAMP): pyproject.toml $(wildcard requirements/*.txt)
 	@$(PYTHON) -m venv $(VENV)
 	@echo "[2/4] clips-llava, torch and transformers: up to 6 GB, a minute or two on a fast line"
 	@$(PIP) -e .
-	@echo "[3/4] what the evaluation and the tests import"
-	@$(PIP) -r requirements/eval.txt -r requirements/test.txt
+	@echo "[3/4] what training at scale, the evaluation, the chat page and the tests import"
+	@DS_BUILD_OPS=0 $(PIP) -r requirements/train.txt -r requirements/eval.txt -r requirements/chat.txt -r requirements/test.txt
 	@echo "[4/4] lmms-eval and SmolLM2-135M"
 	@$(PIP) --no-deps -r requirements/nodeps.txt
 	@mv $(CUT) $(STAMP) && touch $(STAMP)

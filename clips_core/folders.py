@@ -21,7 +21,7 @@ from clips_core.errors import InputError
 MANIFEST = "manifest.json"
 _PACKAGES = (
     "clips-llava", "torch", "torchvision", "open_clip_torch", "timm", "transformers", "tokenizers", "peft", "accelerate",
-    "datasets", "lmms-eval", "numpy", "pillow",
+    "datasets", "lmms-eval", "numpy", "pillow", "deepspeed", "bitsandbytes", "liger-kernel",
 )  # fmt: skip
 
 

@@ -10,6 +10,11 @@ from clips_core.config import FORBID
 
 Projector = Literal["mlp2x_gelu", "linear"]
 Precision = Literal["auto", "bfloat16", "float32"]
+ImageMode = Literal["square", "pad", "anyres"]
+Parallel = Literal["ddp", "zero2", "zero3"]
+Group = Literal["modality_length", "length", "none"]
+Method = Literal["lora", "qlora", "full"]
+Save = Literal["merged", "adapter"]
 
 
 @dataclass(config=FORBID)
@@ -19,6 +24,7 @@ class ConversationConfig:
     json: Path  # LLaVA JSON: a list of {"id", "image", "conversations": [{"from": "human" | "gpt", "value"}]}
     images: Path  # the folder that "image" is relative to
     max_length: int = 2048  # tokens of a sample, image tokens included; a longer one is cut at its end
+    caption_end: str | None = None  # ends a caption in stage 1; null: the eos token. LLaVA-1.5's is a line's end, "\n"
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
@@ -34,7 +40,15 @@ class StageConfig:
     batch_size: int  # samples of one optimizer step, over all processes and accumulated gradients
     learning_rate: float  # the peak
     samples: int | None = None  # seen in all, counted with repetition; None: one epoch
-    gradient_accumulation: int = 1  # parts that a process's share of a batch is worked off in
+    # How a batch is worked off. It follows that the gradients of so many parts are accumulated: one recipe serves any
+    # number of processes.
+    device_batch_size: int | None = None  # samples that a process works on at once; None: its whole share of a batch
+    # ddp: each process holds everything. zero2: DeepSpeed deals out gradients and optimizer state; zero3: the weights too.
+    parallel: Parallel = "ddp"
+    gradient_checkpointing: bool = False  # compute activations twice rather than keep them: less memory, a third slower
+    # Which samples meet in a batch: all with pictures or all without, the longest first; of like length; or any.
+    group: Group = "modality_length"
+    packing: bool = False  # put samples end to end into rows without padding, each seeing itself alone
     warmup_ratio: float = 0.03  # share of the steps in which the learning rate rises; then it falls as a cosine
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -46,12 +60,13 @@ class StageConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "gradient_accumulation", "save_every"):
-            if getattr(self, name) < 1:
+        for name in ("batch_size", "device_batch_size", "save_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1")
-        if self.batch_size % self.gradient_accumulation:
+        if self.device_batch_size is not None and self.batch_size % self.device_batch_size:
             raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of gradient_accumulation {self.gradient_accumulation}"
+                f"batch_size {self.batch_size} is not a multiple of device_batch_size {self.device_batch_size}"
             )
         if self.samples is not None and self.samples < 1:
             raise ValueError("samples must be at least 1")
@@ -65,8 +80,11 @@ class AlignConfig(StageConfig):
 
     tower: str  # tower spec, such as clips:runs/clips
     image_size: int | None = None  # pixels; None: the tower's own resolution
-    llm: str = "smollm2"  # smollm2, or a folder with a causal LM, its tokenizer and a chat template
+    llm: str = "smollm2"  # smollm2, a folder with a causal LM and its tokenizer, or a hub name: org/name[@REVISION]
     projector: Projector = "mlp2x_gelu"
+    # square: the tower's own processor. pad: first made square with the mean colour, as LLaVA-1.5. anyres: tiles, LLaVA-NeXT.
+    image_mode: ImageMode = "square"
+    template: str | None = None  # chat template: name of a shipped one, or a path ending in .jinja; None: the LLM's own
     select_layer: int = (
         -2
     )  # which of the tower's hidden states the projector reads; 0 is the patch embedding, -1 the last
@@ -92,11 +110,28 @@ class LoraConfig:
 
 @dataclass(config=FORBID, kw_only=True)
 class TuneConfig(StageConfig):
-    """Stage 2: LoRA on the language model, and the projector in full, on conversations."""
+    """Stage 2: the language model (by adapters, or in full) and the projector learn from conversations."""
 
     align: Path  # the finished run folder of stage 1
     tower: str | None = None  # tower spec: refused unless stage 1 was trained with it; None: not compared
-    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    image_mode: Literal["square", "pad"] | None = None  # of stage 2 and of the result; None: as in stage 1
+    # Of the language model. lora: adapters on its linear layers. qlora: the same over weights in 4 bits. full: all weights.
+    method: Method = "lora"
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)  # of the methods lora and qlora
     batch_size: int = 128
-    learning_rate: float = 2e-4  # of the adapters
+    learning_rate: float = 2e-4  # of the adapters, or of the language model (LLaVA-1.5 in full: 2e-5)
     projector_learning_rate: float = 2e-5
+    tower_learning_rate: float | None = None  # None: the tower is frozen
+    # merged: a stock LLaVA in OUT/model. adapter: in OUT/adapter, in PEFT's layout; it needs stage 1's model beneath it.
+    save: Save = "merged"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.save == "adapter" and self.method == "full":
+            raise ValueError("save=adapter is for the methods lora and qlora: full has no adapters")
+        if self.save == "adapter" and self.tower_learning_rate is not None:
+            raise ValueError("save=adapter cannot hold a tuned tower: take save=merged, or leave the tower frozen")
+        if self.method == "qlora" and self.parallel != "ddp":
+            raise ValueError(
+                f"parallel={self.parallel} cannot deal out weights in 4 bits: qlora goes with parallel=ddp"
+            )

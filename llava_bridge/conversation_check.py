@@ -51,7 +51,7 @@ from llava_bridge.records import (
     to_conversation,
     with_turns_cut,
 )
-from llava_bridge.templates import shipped_template, shipped_templates
+from llava_bridge.templates import read_template, shipped_templates
 
 REPORT, FINDINGS, DROPPED, WORK = "report.json", "findings.jsonl", "dropped.jsonl", ".check"
 SLICE = 1000  # records of one part of the work
@@ -302,7 +302,7 @@ def _encoder(llm: str, template: str | None, system_prompt: str | None, image_to
     from llava_bridge.llm import llm_folder
     from llava_bridge.mllm import chat_template
 
-    folder = llm_folder(llm)
+    folder = llm_folder(llm, weights=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
@@ -310,7 +310,7 @@ def _encoder(llm: str, template: str | None, system_prompt: str | None, image_to
     if not tokenizer.is_fast:
         raise InputError(f"language model {folder}: its tokenizer does not tell where in the text a token stands")
     tokenizer.add_tokens([AddedToken(IMAGE_MARK, special=True, normalized=False)], special_tokens=True)
-    text = tokenizer.chat_template if template in (None, "plain") else shipped_template(str(template))
+    text = tokenizer.chat_template if template in (None, "plain") else read_template(str(template))
     if text is None and template is None:
         names = ", ".join(["plain", *shipped_templates()])
         raise InputError(f"language model {folder}: its tokenizer has no chat template; set template to one of {names}")

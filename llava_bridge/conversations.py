@@ -1,26 +1,26 @@
-"""Conversations → samples of token ids and labels → batches.
+"""Conversations → samples of token ids and labels.
 
 A label is a token id where the model learns, -100 where it only reads. It learns the assistant's words and the mark that
 ends them. Where those lie is found by rendering the chat template up to each turn, which works for any template; the
 `{% generation %}` marks that some templates carry are missing in most.
 """
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
-from transformers import LlavaProcessor
+from jinja2 import TemplateError
+from PIL import Image
 
-from clips_core.errors import BadSample
-from clips_core.images import open_image
+from clips_core.errors import BadSample, InputError
+from clips_core.images import FORMATS
 from llava_bridge.records import IMAGE_MARK, Conversation, read_conversations
 
-__all__ = ["IGNORE", "Collator", "Conversation", "Encoder", "Sample", "SampleDataset", "TextProcessor", "draw",
-           "group_by_length", "learned_spans", "read_conversations"]  # fmt: skip
+__all__ = ["IGNORE", "Conversation", "Encoder", "Sample", "TextProcessor", "count_image_tokens", "learned_spans",
+           "read_conversations"]  # fmt: skip
 
 IGNORE = -100  # the label of a token that is only read
 
@@ -54,7 +54,8 @@ class Encoder:
     """Turns conversations into samples for one MLLM."""
 
     processor: TextProcessor
-    num_image_tokens: int  # of one picture
+    # Of one picture. None: each picture has a number of its own, which follows from its size (image_mode anyres).
+    num_image_tokens: int | None
     max_length: int  # tokens; a longer sample is cut at its end
     caption_end: str | None = (
         None  # ends a caption in stage 1; None: the eos token. LLaVA-1.5's own is a line's end, "\n"
@@ -97,6 +98,9 @@ class Encoder:
         starts, ends = np.array(encoding["offset_mapping"]).T
         learned = np.zeros(len(starts), dtype=bool)
         for begin, end in spans:
+            # A special token may swallow the white space after it (Phi-3's do), which belongs to no answer.
+            across = np.flatnonzero((starts < end) & (ends > end))
+            ends[[i for i in across if not text[end : ends[i]].strip()]] = end
             inside = (starts >= begin) & (ends <= end)
             # At inference the prompt ends at `begin`: a token across that border would never be seen there.
             if (((starts < begin) & (ends > begin)) | ((starts < end) & (ends > end))).any():
@@ -114,7 +118,8 @@ class Encoder:
                 "image tokens differ from pictures",
                 f"{conversation.where}: the template renders {found} {IMAGE_MARK} for {wanted} pictures",
             )
-        repeats = np.where(is_image, self.num_image_tokens, 1)
+        repeats = np.ones(len(ids), dtype=int)
+        repeats[is_image] = self._image_tokens(conversation)
         labels = np.repeat(np.where(learned, ids, IGNORE), repeats)
         ids = np.repeat(ids, repeats)
         if (ids[self.max_length :] == self.processor.image_token_id).any():
@@ -129,6 +134,32 @@ class Encoder:
             )
         return Sample(conversation.where, conversation.images, ids, labels)
 
+    def _image_tokens(self, conversation: Conversation) -> list[int]:
+        """The number of tokens of each picture."""
+        if self.num_image_tokens is not None:
+            return [self.num_image_tokens] * len(conversation.images)
+        sizes = [_picture_size(path, f"{conversation.where}, picture {path}") for path in conversation.images]
+        return count_image_tokens(self.processor, sizes) if sizes else []
+
+
+def count_image_tokens(processor: Any, sizes: Sequence[tuple[int, int]]) -> list[int]:
+    """Tokens of pictures of these sizes (height, width in pixels), as a LLaVA's processor counts them without seeing them."""
+    counts: list[int] = processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens
+    return counts
+
+
+def _picture_size(path: Path, name: str) -> tuple[int, int]:
+    """Height and width, from the header of the picture's file alone; whether the rest is sound shows when it is opened."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # nothing is decoded here
+            with Image.open(path, formats=FORMATS) as image:
+                return image.height, image.width
+    except FileNotFoundError:
+        raise InputError(f"{name}: no such file") from None
+    except Exception as error:  # PIL's decoders raise nearly anything on damaged files
+        raise BadSample("not a picture", f"{name}: not a readable picture ({type(error).__name__}: {error})") from None
+
 
 def learned_spans(conversation: Conversation, processor: TextProcessor) -> tuple[str, list[tuple[int, int]]]:
     """The rendered conversation, and where in it (characters, end excluded) the model learns.
@@ -138,6 +169,13 @@ def learned_spans(conversation: Conversation, processor: TextProcessor) -> tuple
     Raises:
         BadSample: naming the sample, if the template doesn't render it prefix by prefix, or each answer as it is and with a mark.
     """
+    try:
+        return _learned_spans(conversation, processor)
+    except TemplateError as error:  # a template may refuse what it is given, or be faulty itself
+        raise _unfit(conversation, f"cannot render it ({' '.join(str(error).split())})") from None
+
+
+def _learned_spans(conversation: Conversation, processor: TextProcessor) -> tuple[str, list[tuple[int, int]]]:
     messages = list(conversation.messages)
     text = _render(processor, messages)
     spans = []
@@ -185,72 +223,3 @@ def _render(processor: TextProcessor, messages: list[dict[str, str]], add_genera
         add_generation_prompt=add_generation_prompt,
     )
     return rendered
-
-
-# -------------------------------------------------------------------------------------------------------------- batching
-
-
-class SampleDataset(torch.utils.data.Dataset[Sample]):
-    """The samples of a whole training, in the order in which they are seen."""
-
-    def __init__(self, samples: Mapping[int, Sample], order: Sequence[int]):
-        self.samples, self.order = samples, order
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, position: int) -> Sample:
-        return self.samples[self.order[position]]
-
-
-@dataclass(frozen=True)
-class Collator:
-    """Samples → one batch: input_ids, attention_mask, labels int64 [B, T], pixel_values fp32 [pictures, 3, H, W].
-
-    Padded on the right. Pictures come in the order of their image tokens, sample by sample; without a picture in the batch
-    there are no pixel_values.
-    """
-
-    processor: LlavaProcessor
-
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        pad = self.processor.tokenizer.pad_token_id
-        lengths = torch.tensor([len(sample) for sample in samples])
-        batch = {
-            "input_ids": _padded([sample.input_ids for sample in samples], pad),
-            "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
-            "labels": _padded([sample.labels for sample in samples], IGNORE),
-        }
-        images = [open_image(path, f"{s.where}, picture {path}") for s in samples for path in s.images]
-        if images:
-            batch["pixel_values"] = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        return batch
-
-
-def _padded(rows: Sequence[np.ndarray], value: int) -> Tensor:
-    tensors = [torch.from_numpy(row).long() for row in rows]
-    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
-
-
-def draw(count: int, total: int, seed: int) -> list[int]:
-    """Which of `count` samples are seen, `total` in all: each epoch is its own permutation."""
-    epochs = -(-total // count)
-    order = [np.random.default_rng((seed, epoch)).permutation(count) for epoch in range(epochs)]
-    return [int(i) for i in np.concatenate(order)[:total]]
-
-
-def group_by_length(drawn: Sequence[int], lengths: Mapping[int, int], batch_size: int, seed: int) -> list[int]:
-    """The drawn samples, reordered so that those of one batch are of like length and little is padding.
-
-    Only within windows of 16 batches, so that the order stays a shuffle at large; the batches of a window come in random
-    order. A last batch that is not full stays last.
-    """
-    rng = np.random.default_rng((seed, 1, 1))
-    order: list[int] = []
-    for start in range(0, len(drawn), 16 * batch_size):
-        window = sorted(drawn[start : start + 16 * batch_size], key=lambda i: lengths[i])
-        batches = [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
-        full = [batch for batch in batches if len(batch) == batch_size]
-        order += [i for k in rng.permutation(len(full)) for i in full[k]]
-        order += [i for batch in batches[len(full) :] for i in batch]
-    return order

@@ -1,30 +1,24 @@
 """The two stages on transformers' Trainer, read from top to bottom: check → build → train → save.
 
-Stage 1 (`align`) trains the projector alone, stage 2 (`tune`) LoRA on the language model and the projector in full. Each
-writes one folder: OUT/model, a stock LLaVA, and OUT/manifest.json with the hashes of what went in. Killed and run again, a
-stage goes on from its newest whole checkpoint, exactly.
+Stage 1 (`align`) trains the projector alone, stage 2 (`tune`) the language model (LoRA, QLoRA or in full) and the projector.
+Each writes one folder: OUT/model, a stock LLaVA (or OUT/adapter), and OUT/manifest.json with the hashes of what went in.
+Killed and run again, a stage goes on from its newest whole checkpoint, exactly.
 """
 
+import hashlib
 import math
-import os
-import re
 import shutil
 import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from tqdm import tqdm
 from transformers import (
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -45,35 +39,50 @@ from clips_core.folders import (
     write_json,
     write_manifest,
 )
-from llava_bridge.config import AlignConfig, LoraConfig, StageConfig, TuneConfig
-from llava_bridge.conversations import (
-    IGNORE,
-    Collator,
-    Conversation,
-    Encoder,
-    Sample,
-    SampleDataset,
-    draw,
-    group_by_length,
-    read_conversations,
-)
+from llava_bridge.adapters import save_adapter
+from llava_bridge.batching import Collator, SampleDataset, balanced, draw, grouped, packed_row_length, real_tokens
+from llava_bridge.card import write_card
+from llava_bridge.config import AlignConfig, StageConfig, TuneConfig
+from llava_bridge.conversations import Conversation, Encoder, Sample, read_conversations
+from llava_bridge.image_modes import image_processor
 from llava_bridge.llm import llm_folder, weight_hash
+from llava_bridge.loss import supervised_loss
+from llava_bridge.methods import (
+    ALIGN_CONTRACT,
+    Role,
+    add_lora,
+    check_contract,
+    language_parameters,
+    merge_lora,
+    part_of,
+    quantize,
+    set_trainable,
+    tower_parameters,
+    trainable_table,
+    tune_contract,
+    wrapped,
+)
 from llava_bridge.mllm import (
-    LANGUAGE_MODEL,
-    PROJECTOR,
-    VISION_TOWER,
+    Mllm,
+    MllmProcessor,
     build_mllm,
     check_swap,
+    fixed_image_tokens,
     load_mllm,
     projector_parameters,
     save_mllm,
 )
+from llava_bridge.parallel import check_launch, deepspeed_config, samples_at_once, session, world_size
 from llava_bridge.precision import resolve_precision
-from llava_bridge.towers import load_tower
+from llava_bridge.templates import read_template
+from llava_bridge.towers import Tower, load_tower
 
 COMPLETE = "complete.json"  # a checkpoint's last file: without it the checkpoint does not count
 TRAINABLE = "trainable.safetensors"  # a checkpoint's weights: only what trains
-WITHOUT_EFFECT = ("out", "workers", "save_every")  # settings that change nothing of the result
+# Settings that say how the work is done, and change nothing of what comes out but its rounding.
+WITHOUT_EFFECT = ("out", "workers", "save_every", "device_batch_size", "parallel", "gradient_checkpointing")
+
+Groups = list[tuple[float, set[str]]]  # (learning rate, names of parameters) each
 
 
 def align(config: AlignConfig) -> Path:
@@ -86,42 +95,66 @@ def align(config: AlignConfig) -> Path:
         InputError: for whatever is wrong with tower, language model, data or folder, before any training.
     """
     # -------------------------------------------------------------------------------------------------- inputs
+    dtype = resolve_precision(config.precision)
+    check_launch(config, dtype)
     tower = load_tower(config.tower, config.image_size)
     llm = llm_folder(config.llm)
     conversations = read_conversations(config.data.json, config.data.images)
     inputs = {"tower": tower.weight_hash, "llm": weight_hash(llm), "data": sha256_file(config.data.json)}
+    if config.template is not None and config.template.endswith(".jinja"):  # a file, which may change under its name
+        inputs["template"] = hashlib.sha256(read_template(config.template).encode()).hexdigest()
     if is_finished(config.out, "align", settings(config), inputs):
         return config.out
 
     # -------------------------------------------------------------------------------------------------- model, data
-    dtype = resolve_precision(config.precision)
     model, processor = build_mllm(
-        tower, llm, config.projector, config.select_layer, config.system_prompt, dtype, config.seed
+        tower,
+        llm,
+        config.projector,
+        config.select_layer,
+        config.system_prompt,
+        dtype,
+        config.seed,
+        image_mode=config.image_mode,
+        template=config.template,
     )
     choose_attention(model)
-    encoder = Encoder(processor, model.config.image_seq_length, config.data.max_length)
+    collator = make_collator(model, processor, config)
+    encoder = Encoder(processor, fixed_image_tokens(model), config.data.max_length, config.data.caption_end)
     dataset = prepare_samples(conversations, encoder.plain, config)
+    projector = projector_parameters(model)
+    idle = {name for name, _ in model.named_parameters() if part_of(name) == "projector"} - projector
+    groups = [(config.learning_rate, projector)]
 
     # -------------------------------------------------------------------------------------------------- train, save
-    groups = [(config.learning_rate, projector_parameters(model))]
-    trainer = run_trainer("align", config, inputs, model, groups, dataset, Collator(processor))
-    finish("align", config, inputs, model.to(dtype), processor, trainer)
+    with session(config.parallel):
+        trainer = run_trainer("align", config, inputs, model, groups, dataset, collator, dtype, ALIGN_CONTRACT, idle)
+
+        def save(trained: nn.Module) -> dict[str, Any]:
+            save_mllm(trained.to(dtype), processor, config.out / "model")
+            return {"model": "model", "dtype": dtype_name(dtype)}
+
+        finish("align", config, inputs, trainer, save)
     return config.out
 
 
 def tune(config: TuneConfig) -> Path:
-    """Stage 2: train LoRA on all linear layers of the language model, and the projector in full; the tower stays.
+    """Stage 2: train the language model by the config's method, the projector in full, and the tower if it is asked for.
 
     Returns:
-        `config.out`, with model/ (adapters merged), metrics.jsonl and manifest.json; at once if it is finished already.
+        `config.out`, with model/ (adapters merged) or adapter/, metrics.jsonl and manifest.json; at once if it is finished
+        already.
 
     Raises:
         InputError: for whatever is wrong with stage 1's folder, the tower, data or folder, before any training.
     """
     # -------------------------------------------------------------------------------------------------- inputs
+    dtype = resolve_precision(config.precision)
+    check_launch(config, dtype)
     aligned = read_manifest(config.align, "align")
-    if config.tower is not None:
-        check_swap(load_tower(config.tower, aligned["config"].get("image_size")), config.align)
+    tower = None if config.tower is None else load_tower(config.tower, aligned["config"].get("image_size"))
+    if tower is not None:
+        check_swap(tower, config.align)
     conversations = read_conversations(config.data.json, config.data.images)
     inputs = {
         "tower": aligned["inputs"]["tower"],
@@ -133,17 +166,35 @@ def tune(config: TuneConfig) -> Path:
         return config.out
 
     # -------------------------------------------------------------------------------------------------- model, data
-    dtype = resolve_precision(config.precision)
     base, processor = load_mllm(config.align, dtype)
+    if config.image_mode not in (None, aligned["config"].get("image_mode", "square")):
+        processor.image_processor = change_image_mode(base, tower, config)
+    if config.save == "adapter" and base.config.model_type != "llava":
+        raise InputError(
+            f"save=adapter cannot hold all that trains of {config.align} (image_mode anyres); take save=merged"
+        )
     choose_attention(base)
-    encoder = Encoder(processor, base.config.image_seq_length, config.data.max_length)
+    collator = make_collator(base, processor, config)
+    encoder = Encoder(processor, fixed_image_tokens(base), config.data.max_length)
     dataset = prepare_samples(conversations, encoder.chat, config)
-    model, adapters, projector = add_lora(base, config.lora, config.seed)
+    model, groups, idle = choose_parameters(base, config, dtype)
 
     # -------------------------------------------------------------------------------------------------- train, save
-    groups = [(config.learning_rate, adapters), (config.projector_learning_rate, projector)]
-    trainer = run_trainer("tune", config, inputs, model, groups, dataset, Collator(processor))
-    finish("tune", config, inputs, merge_lora(model, dtype), processor, trainer)
+    with session(config.parallel):
+        trainer = run_trainer(
+            "tune", config, inputs, model, groups, dataset, collator, dtype, tune_contract(config), idle
+        )
+
+        def save(trained: nn.Module) -> dict[str, Any]:
+            outputs = {"tower": "kept" if config.tower_learning_rate is None else "tuned", "dtype": dtype_name(dtype)}
+            if config.save == "adapter":
+                save_adapter(trained, processor, config.align / "model", config.out / "adapter")
+                return {"adapter": "adapter", **outputs}
+            merged = trained.to(dtype) if config.method == "full" else merge_lora(trained, dtype)
+            save_mllm(merged, processor, config.out / "model")
+            return {"model": "model", **outputs}
+
+        finish("tune", config, inputs, trainer, save)
     return config.out
 
 
@@ -155,10 +206,27 @@ def settings(config: StageConfig) -> dict[str, Any]:
     return {key: value for key, value in to_dict(config).items() if key not in WITHOUT_EFFECT}
 
 
-def choose_attention(model: LlavaForConditionalGeneration) -> None:
+def choose_attention(model: Mllm) -> None:
     """On a CPU, plain attention in the language model: at these lengths the fused one's backward is far slower."""
     if not torch.cuda.is_available():
         model.model.language_model.set_attn_implementation("eager")
+
+
+def change_image_mode(model: Mllm, tower: Tower | None, config: TuneConfig) -> Any:
+    """The image processor of a stage 2 that makes pictures square in another way than stage 1 did, as in LLaVA-1.5."""
+    assert config.image_mode is not None
+    if model.config.model_type != "llava":
+        raise InputError(f"image_mode={config.image_mode}: {config.align} was trained with anyres, another model")
+    if tower is None:
+        raise InputError(f"image_mode={config.image_mode} is not stage 1's: name the tower too (tower=SPEC)")
+    return image_processor(tower, config.image_mode)
+
+
+def make_collator(model: Mllm, processor: MllmProcessor, config: StageConfig) -> Collator:
+    """Padded batches, or packed ones where the language model keeps the samples of a row apart."""
+    if not config.packing:
+        return Collator(processor)
+    return Collator(processor, True, packed_row_length(model.model.language_model, config.data.max_length))
 
 
 def prepare_samples(
@@ -169,38 +237,39 @@ def prepare_samples(
     seen = sorted(set(drawn))
     samples = {i: encode(conversations[i]) for i in tqdm(seen, desc="tokenizing", unit="sample")}
     lengths = {i: len(sample) for i, sample in samples.items()}
-    return SampleDataset(samples, group_by_length(drawn, lengths, config.batch_size, config.seed))
+    pictured = {i for i, sample in samples.items() if sample.images}
+    order = grouped(drawn, lengths, pictured, config.batch_size, config.group, config.seed)
+    if config.packing:
+        order = balanced(order, lengths, config.batch_size, samples_at_once(config))
+    return SampleDataset(samples, order)
 
 
-def add_lora(
-    base: LlavaForConditionalGeneration, config: LoraConfig, seed: int
-) -> tuple[peft.PeftModel, set[str], set[str]]:
-    """Adapters on every linear layer of the language model, and nowhere else.
+def choose_parameters(base: Mllm, config: TuneConfig, dtype: torch.dtype) -> tuple[nn.Module, Groups, set[str]]:
+    """Stage 2's model and what trains in it.
 
     Returns:
-        the wrapped model, the names of the adapters' parameters, and those of the projector's.
+        the model, wrapped by PEFT for adapters; the parameters with their learning rates; and those that have no effect, or
+        stay what they are, in parts that train.
     """
-    layers = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
-    kinds = sorted({name.rpartition(".")[2] for name in layers if name.startswith(LANGUAGE_MODEL)})
-    lora = peft.LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        target_modules=rf"{re.escape(LANGUAGE_MODEL)}.*\.({'|'.join(kinds)})",
-    )
     projector = projector_parameters(base)
-    torch.manual_seed(seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of transformers, at peft's address
-        model = peft.get_peft_model(base, lora)
-    names = [name for name, _ in model.named_parameters()]
-    adapters = {name for name in names if ".lora_" in name}
-    return model, adapters, {name for name in names if name.endswith(tuple(projector))}
+    tower = set() if config.tower_learning_rate is None else tower_parameters(base)
+    trained = {part for part, role in tune_contract(config).items() if role == "trained"} - {"language model"}
+    idle = {name for name, _ in base.named_parameters() if part_of(name) in trained} - projector - tower
+    if config.method == "full":
+        model, language = base, language_parameters(base)
+    else:
+        if config.method == "qlora":
+            quantize(base, dtype)
+        model, language = add_lora(base, config.lora, config.seed)
+        projector, tower, idle = wrapped(projector), wrapped(tower), wrapped(idle)
+    groups = [(config.learning_rate, language), (config.projector_learning_rate, projector)]
+    if config.tower_learning_rate is not None:
+        groups.append((config.tower_learning_rate, tower))
+    return model, groups, idle
 
 
-def merge_lora(model: peft.PeftModel, dtype: torch.dtype) -> LlavaForConditionalGeneration:
-    """The adapters added into the weights, in fp32: in bf16 most of a small change would be rounded away twice."""
-    return model.float().merge_and_unload().to(dtype)
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -210,40 +279,39 @@ def run_trainer(
     stage: str,
     config: StageConfig,
     inputs: dict[str, str],
-    model: nn.Module,
-    groups: list[tuple[float, set[str]]],
+    model: Any,
+    groups: Groups,
     dataset: SampleDataset,
     collator: Collator,
+    dtype: torch.dtype,
+    contract: dict[str, Role],
+    idle: Collection[str] = (),
 ) -> "StageTrainer":
-    """Train exactly the parameters of `groups`, (learning rate, names) each, from the newest whole checkpoint on."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    per_step = processes * config.gradient_accumulation
-    if config.batch_size % per_step:
-        raise InputError(
-            f"batch_size {config.batch_size} is not a multiple of {processes} processes × gradient_accumulation "
-            f"{config.gradient_accumulation}"
-        )
-    on_gpu = torch.cuda.is_available()
-    if on_gpu and torch.cuda.device_count() > 1 and processes == 1:
-        raise InputError(
-            f"{torch.cuda.device_count()} GPUs are visible to one process: start one process for each with torchrun, "
-            "or choose one with CUDA_VISIBLE_DEVICES"
-        )
-    set_trainable(model, set().union(*(names for _, names in groups)))
-    run = {"stage": stage, "config": settings(config), "inputs": inputs}
-    checkpoint = newest_checkpoint(config.out / "checkpoints", run)
-    frozen_dtype = next(p.dtype for p in model.parameters() if not p.requires_grad)
+    """Train exactly the parameters of `groups`, which must be what `contract` says, from the newest whole checkpoint on.
+
+    Args:
+        dtype: of the frozen weights, and in which the model multiplies.
+        idle: names of parameters that stay what they are though the contract's part trains.
+    """
+    processes, at_once, on_gpu = world_size(), samples_at_once(config), torch.cuda.is_available()
+    zero = config.parallel != "ddp"
+    # Without ZeRO what trains is kept in fp32 and multiplied in bf16 by autocast; ZeRO's optimizer has a copy in fp32.
+    set_trainable(model, set().union(*(names for _, names in groups)), idle, in_fp32=not zero)
+    check_contract(model, contract, idle)
+    if config.gradient_checkpointing:
+        checkpoint_activations(model)
+    deepspeed = deepspeed_config(config, dtype, model.config.text_config.hidden_size) if zero else None
     arguments = TrainingArguments(
         output_dir=str(config.out / "checkpoints"),
         num_train_epochs=1,  # the dataset is the whole training in order
-        per_device_train_batch_size=config.batch_size // per_step,
-        gradient_accumulation_steps=config.gradient_accumulation,
+        per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=config.batch_size // (processes * at_once),
         learning_rate=config.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=config.warmup_ratio,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        bf16=frozen_dtype == torch.bfloat16,
+        bf16=dtype == torch.bfloat16,
         seed=config.seed,
         save_strategy="steps",
         save_steps=config.save_every,
@@ -253,23 +321,46 @@ def run_trainer(
         dataloader_num_workers=config.workers,
         dataloader_pin_memory=on_gpu,
         remove_unused_columns=False,
-        use_cpu=not on_gpu,
+        ddp_find_unused_parameters=False,  # every batch runs every part that trains, with or without a picture
+        use_cpu=not on_gpu and not zero,  # Accelerate takes DeepSpeed for a GPU's, so session() has seen to the CPU
+        deepspeed=deepspeed,
+        accelerator_config={"use_configured_state": zero and not on_gpu},
         use_cache=True,  # only ends up in the model's config: training passes use_cache=False itself
         report_to="none",
         disable_tqdm=True,
     )
+    run: dict[str, Any] = {"stage": stage, "config": settings(config), "inputs": inputs, "parallel": config.parallel}
+    if zero:
+        run["processes"] = processes  # each has a part of the state
+    with arguments.main_process_first(local=False):  # which deletes what is incomplete
+        checkpoint = newest_checkpoint(config.out / "checkpoints", run)
     trainer = StageTrainer(groups, run, model=model, args=arguments, train_dataset=dataset, data_collator=collator)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress(stage, MetricsLog(config.out / "metrics.jsonl")))
-    if trainer.accelerator.num_processes != processes:
+    if trainer.accelerator.num_processes != processes or trainer.is_deepspeed_enabled != zero:
         raise InputError(
-            f"{processes} processes were started, but they train as {trainer.accelerator.num_processes}: "
-            "each would train alone"
+            f"{processes} processes were started with parallel={config.parallel}, but they train as "
+            f"{trainer.accelerator.num_processes} ({trainer.accelerator.distributed_type.value})"
         )
     if trainer.is_world_process_zero():
         print(trainable_table(model), flush=True)
+        if deepspeed is not None:
+            write_json(config.out / "deepspeed.json", deepspeed)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return trainer
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Have each block's activations computed anew in the backward pass."""
+    # transformers is renaming it. Without re-entrance: inputs that need no gradient, and hooks of DDP and ZeRO, are fine.
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # What was just enabled also makes the embeddings of pictures and words want gradients, for the sake of re-entrance: a
+    # frozen tower would then have a backward pass, for nothing.
+    llava = model.get_base_model() if hasattr(model, "get_base_model") else model
+    llava.disable_input_require_grads()
 
 
 class StageTrainer(Trainer):
@@ -279,8 +370,9 @@ class StageTrainer(Trainer):
 
     optimizer: torch.optim.Optimizer | None
 
-    def __init__(self, groups: list[tuple[float, set[str]]], run: dict[str, Any], **options: Any):
+    def __init__(self, groups: Groups, run: dict[str, Any], **options: Any):
         self.groups, self.run = groups, run
+        self.counts: dict[str, float] = {}  # of the step that is running
         super().__init__(**options)
         # The loss is divided by the labels of the whole batch here, so the Trainer has to count them and to divide no more.
         self.model_accepts_loss_kwargs = True
@@ -315,7 +407,28 @@ class StageTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset[Sample] | None = None) -> Sampler[int]:
         return SequentialSampler(self.train_dataset)
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """A step's parts on this process and the labels of the whole batch; what the batch consists of is kept for the log."""
+        batches, labels = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            counts = [
+                sum(real_tokens(batch) for batch in batches),
+                sum(batch["input_ids"].numel() for batch in batches),
+            ]
+            real, places = self.accelerator.reduce(torch.tensor(counts, device=device), reduction="sum").tolist()
+            self.counts = {"supervised_tokens": int(labels), "tokens": real, "padding": round(1 - real / places, 4)}
+        return batches, labels
+
+    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        super().log(logs | self.counts if "loss" in logs else logs, *args, **options)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_deepspeed_enabled:  # its own files hold the weights too
+            super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         state = self.model.state_dict() if state_dict is None else state_dict
@@ -334,32 +447,13 @@ class StageTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()  # each process writes its own random state
+        self.accelerator.wait_for_everyone()  # each process writes its own random state, and its part of ZeRO's
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
             write_json(folder / COMPLETE, {"run": self.run, "sizes": sizes})
-
-
-def supervised_loss(model: nn.Module, head: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Cross-entropy of a causal LM summed over all labels [B, T], its vocabulary head run at labelled positions only.
-
-    A vocabulary of tens of thousands at each position would cost more memory than all the rest, most of it for nothing.
-    """
-    targets = batch["labels"][:, 1:]
-    labelled = targets != IGNORE
-
-    def select(_: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
-        return (arguments[0][:, :-1][labelled],)  # [B, T, D] → [labels, D]
-
-    # A hook, not a call of the model's parts: wrappers (DDP, PEFT, autocast) do their work in the model's own forward.
-    hook = head.register_forward_pre_hook(select)
-    try:
-        others = {name: value for name, value in batch.items() if name != "labels"}
-        logits = model(**others, use_cache=False).logits  # [labels, V]
-    finally:
-        hook.remove()
-    return F.cross_entropy(logits.float(), targets[labelled], reduction="sum")
+        self.accelerator.wait_for_everyone()  # no process trains on, and dies, before the checkpoint counts
 
 
 class Progress(TrainerCallback):
@@ -392,58 +486,14 @@ class Progress(TrainerCallback):
             )
         if state.is_world_process_zero:
             seconds = round(time.monotonic() - self.started, 3)
-            self.log.log(step=state.global_step, loss=logs["loss"], lr=logs["learning_rate"], seconds=seconds)
+            counts = {name: logs[name] for name in ("supervised_tokens", "tokens", "padding")}
+            self.log.log(step=state.global_step, loss=logs["loss"], lr=logs["learning_rate"], seconds=seconds, **counts)
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
             self.bar.update(state.global_step - self.bar.n)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
             self.bar.close()
-
-
-# ------------------------------------------------------------------------------------------------------- what trains
-
-
-def set_trainable(model: nn.Module, names: set[str]) -> None:
-    """Train exactly these parameters, in fp32 (bf16 would swallow small steps), and never the tower.
-
-    Raises:
-        RuntimeError: if a name is not the model's, or is the tower's.
-    """
-    parameters = dict(model.named_parameters())
-    wrong = sorted(name for name in names if name not in parameters or VISION_TOWER in name)
-    if wrong or not names:
-        raise RuntimeError(f"not to be trained: {wrong[:3]}")
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(name in names)
-        if name in names:
-            parameter.data = parameter.data.float()
-
-
-def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
-    """Parameters in all and trainable ones, per part of a LLaVA."""
-    parts = ("vision tower", "projector", "language model", "adapters")
-    counts = {part: {"parameters": 0, "trainable": 0} for part in parts}
-    for name, parameter in model.named_parameters():
-        part = (
-            "vision tower" if VISION_TOWER in name
-            else "projector" if PROJECTOR in name
-            else "adapters" if ".lora_" in name
-            else "language model"
-        )  # fmt: skip
-        counts[part]["parameters"] += parameter.numel()
-        counts[part]["trainable"] += parameter.numel() * parameter.requires_grad
-    return counts
-
-
-def trainable_table(model: nn.Module) -> str:
-    """What trains and what does not, as a table to print."""
-    rows = [
-        f"{part:<16}{count['parameters']:>14,}{count['trainable']:>14,}"
-        for part, count in count_parameters(model).items()
-        if count["parameters"]
-    ]
-    return "\n".join([f"{'part':<16}{'parameters':>14}{'trainable':>14}", *rows])
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
@@ -486,23 +536,51 @@ def finish(
     stage: str,
     config: StageConfig,
     inputs: dict[str, str],
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
     trainer: StageTrainer,
+    save: Callable[[nn.Module], dict[str, Any]],
 ) -> None:
-    """Write the model and, last, the manifest; the checkpoints have served."""
+    """Write the result and, last, the manifest; the checkpoints have served.
+
+    Args:
+        save: writes the trained model below `config.out`, and says what it wrote, for the manifest. Called on one process.
+    """
+    model = whole_model(trainer)
     if trainer.is_world_process_zero():
-        save_mllm(model, processor, config.out / "model")
+        outputs = save(model)
         last = MetricsLog(config.out / "metrics.jsonl").rows()[-1]
-        outputs = {
-            "model": "model",
-            "dtype": str(model.dtype).removeprefix("torch."),
+        outputs |= {
             "steps": last["step"],
             "samples": len(trainer.train_dataset),
             "seconds": last["seconds"],
             "loss": last["loss"],
+            "processes": world_size(),
+            "parallel": config.parallel,
+            "device_batch_size": samples_at_once(config),
         }
         # Before the manifest, which records all weights in the folder. A kill between the two costs time, not correctness.
         shutil.rmtree(config.out / "checkpoints", ignore_errors=True)
-        write_manifest(config.out, stage, settings(config), inputs, outputs)
+        manifest = write_manifest(config.out, stage, settings(config), inputs, outputs)
+        write_card(config.out / (outputs.get("model") or outputs["adapter"]), manifest)
     trainer.accelerator.wait_for_everyone()
+
+
+def whole_model(trainer: StageTrainer) -> nn.Module:
+    """The trained model, on the main process with all its weights; called on every process."""
+    model: nn.Module = trainer.model
+    if trainer.is_deepspeed_enabled and trainer.deepspeed.zero_optimization_stage() == 3:
+        state = trainer.accelerator.get_state_dict(
+            trainer.deepspeed
+        )  # gathered layer by layer, to the main process alone
+        if trainer.is_world_process_zero():
+            replace_parameters(model, state)
+    return (
+        model.cpu() if trainer.is_world_process_zero() else model
+    )  # merged in fp32, it may not fit beside the optimizer
+
+
+def replace_parameters(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put whole parameters in the place of ZeRO-3's parts; tied ones, one tensor under two names, stay tied."""
+    whole = {id(value): nn.Parameter(value, requires_grad=False) for value in state.values()}
+    for name, _ in list(model.named_parameters(remove_duplicate=False)):
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, whole[id(state[name])])

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from llava_runs import RUN_AND_DIE, World, rows, weights
 from llava_samples import save_conversations, save_llm, save_tower
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -19,60 +19,26 @@ import llava_bridge
 from clips_core.config import load_config, recipe_path, to_dict
 from clips_core.errors import InputError
 from clips_core.folders import read_manifest, sha256_file
+from llava_bridge.batching import Collator
 from llava_bridge.config import AlignConfig, ConversationConfig, LoraConfig, TuneConfig
-from llava_bridge.conversations import Collator, Encoder, read_conversations
-from llava_bridge.mllm import build_mllm, load_mllm
-from llava_bridge.precision import resolve_precision
-from llava_bridge.towers import load_tower
-from llava_bridge.train import (
-    COMPLETE,
+from llava_bridge.conversations import Encoder, read_conversations
+from llava_bridge.loss import supervised_loss
+from llava_bridge.methods import (
+    ALIGN_CONTRACT,
     add_lora,
-    align,
+    check_contract,
     merge_lora,
     set_trainable,
-    supervised_loss,
     trainable_table,
-    tune,
+    tune_contract,
 )
+from llava_bridge.mllm import build_mllm, load_mllm, projector_parameters
+from llava_bridge.precision import resolve_precision
+from llava_bridge.towers import load_tower
+from llava_bridge.train import COMPLETE, align, tune
 
 ROOT = Path(__file__).parents[1]
 PROJECTOR, TOWER = "model.multi_modal_projector.", "model.vision_tower."
-
-
-@dataclasses.dataclass
-class World:
-    """One tower, one LLM, conversations, and both stages trained on them."""
-
-    folder: Path
-
-    def align_config(self, out: str, **changes: Any) -> AlignConfig:
-        settings = {
-            "out": self.folder / out,
-            "tower": f"hf:{self.folder / 'tower'}",
-            "llm": str(self.folder / "llm"),
-            "data": ConversationConfig(self.folder / "data" / "align.json", self.folder / "data" / "images"),
-            "batch_size": 4,
-            "samples": 24,
-            "precision": "float32",
-            "save_every": 2,
-        }
-        return AlignConfig(**{**settings, **changes})
-
-    def tune_config(self, out: str, **changes: Any) -> TuneConfig:
-        settings = {
-            "out": self.folder / out,
-            "align": self.folder / "align",
-            "tower": f"hf:{self.folder / 'tower'}",
-            "data": ConversationConfig(self.folder / "data" / "tune.json", self.folder / "data" / "images"),
-            "batch_size": 4,
-            "samples": 24,
-            "learning_rate": 1e-2,
-            "projector_learning_rate": 1e-3,
-            "lora": LoraConfig(rank=4, alpha=8, dropout=0.1),
-            "precision": "float32",
-            "save_every": 2,
-        }
-        return TuneConfig(**{**settings, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -85,14 +51,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     align(world.align_config("align"))
     tune(world.tune_config("tune"))
     return world
-
-
-def weights(run: Path) -> dict[str, Tensor]:
-    return load_file(run / "model" / "model.safetensors")
-
-
-def rows(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def batch_of(world: World, encoder: Encoder, indices: Sequence[int]) -> dict[str, Tensor]:
@@ -196,7 +154,8 @@ def test_adapters_sit_in_the_language_model_only(world: World) -> None:
         if isinstance(module, torch.nn.Linear) and name.startswith("model.language_model.")
     }  # fmt: skip
     assert len(linear) == 14
-    model, adapters, projector = add_lora(base, LoraConfig(4, 8, 0.0), seed=0)
+    projector = {f"base_model.model.{name}" for name in projector_parameters(base)}
+    model, adapters = add_lora(base, LoraConfig(4, 8, 0.0), seed=0)
     found = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in adapters}
     assert found == linear
     assert len(projector) == 4
@@ -207,17 +166,28 @@ def test_adapters_sit_in_the_language_model_only(world: World) -> None:
     assert table["adapters"][0] == table["adapters"][1] == f"{sum(model.get_parameter(n).numel() for n in adapters):,}"
 
 
-def test_the_tower_can_never_be_trained(world: World) -> None:
+def test_a_stage_that_trains_something_else_is_stopped(world: World) -> None:
     base, _ = load_mllm(world.folder / "align")
-    with pytest.raises(RuntimeError, match="not to be trained"):
-        set_trainable(base, {"model.vision_tower.layernorm.bias"})
+    set_trainable(base, projector_parameters(base))
+    check_contract(base, ALIGN_CONTRACT)
+    base.model.vision_tower.layernorm.bias.requires_grad_(True)
+    with pytest.raises(
+        RuntimeError, match=r"1 parameters .*vision_tower\.layernorm\.bias \(vision tower frozen, but it tr"
+    ):
+        check_contract(base, ALIGN_CONTRACT)
+    set_trainable(base, projector_parameters(base) - {PROJECTOR + "linear_1.bias"})
+    with pytest.raises(RuntimeError, match=r"linear_1\.bias \(projector trained, but it does not"):
+        check_contract(base, ALIGN_CONTRACT)
+    check_contract(base, ALIGN_CONTRACT, idle={PROJECTOR + "linear_1.bias"})
+    with pytest.raises(RuntimeError, match="language model trained, but it does not"):
+        check_contract(base, tune_contract(world.tune_config("x", method="full")))
     with pytest.raises(RuntimeError, match="not to be trained"):
         set_trainable(base, {"model.multi_modal_projector.linear_3.bias"})
 
 
 def test_merged_equals_unmerged(world: World) -> None:
     base, encoder = load(world.folder / "align")
-    model, adapters, _ = add_lora(base, LoraConfig(4, 8, 0.0), seed=0)
+    model, adapters = add_lora(base, LoraConfig(4, 8, 0.0), seed=0)
     with torch.no_grad():
         for name in adapters:
             parameter = model.get_parameter(name)
@@ -287,7 +257,7 @@ def test_text_only_samples_may_share_a_batch_with_pictures(world: World) -> None
 def test_accumulated_gradients_equal_a_whole_batch(world: World) -> None:
     """Samples of uneven length: a mean of the parts' means would differ."""
     whole = world.folder / "align"
-    parts = align(world.align_config("accumulated", gradient_accumulation=4))
+    parts = align(world.align_config("accumulated", device_batch_size=1))
     for a, b in zip(rows(whole), rows(parts), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
     for name, value in weights(whole).items():
@@ -296,40 +266,6 @@ def test_accumulated_gradients_equal_a_whole_batch(world: World) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------- resume
 
-# Each run dies in its own fork of one process, which has imported everything once.
-RUN_AND_DIE = """
-import json, os, sys
-from clips_core.config import load_config
-from llava_bridge import train
-from llava_bridge.config import AlignConfig, TuneConfig
-
-def die(*_, **__):
-    os._exit(9)
-
-def run(stage, moment, recipe):
-    if moment == "after step 3":  # checkpoint 2 is whole, step 3 is logged and lost
-        log = train.Progress.on_log
-        def on_log(self, args, state, control, **rest):
-            log(self, args, state, control, **rest)
-            if state.global_step == 3:
-                die()
-        train.Progress.on_log = on_log
-    elif moment == "while checkpoint 4 is written":
-        write = train.write_json
-        train.write_json = lambda path, value: die() if "checkpoint-4" in str(path) else write(path, value)
-    else:  # before the manifest
-        train.save_mllm = die
-    train.align(load_config(AlignConfig, recipe)) if stage == "align" else train.tune(load_config(TuneConfig, recipe))
-
-for case in json.loads(sys.argv[1]):
-    child = os.fork()
-    if child == 0:
-        run(*case)
-        os._exit(0)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if status != 9:
-        sys.exit(f"{case}: ended with {status} and was not killed")
-"""
 KILLED = [
     ("align", "while checkpoint 4 is written"),
     ("tune", "after step 3"),
@@ -484,15 +420,14 @@ RECIPES = sorted((Path(llava_bridge.__file__).parent / "recipes").glob("*.yaml")
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_are_valid(recipe: Path, tmp_path: Path) -> None:
     common = ["out=o", "data.json=d", "data.images=i"]
-    stage = recipe.stem.rpartition("_")[2]
-    kind, own = {"align": (AlignConfig, "tower=clips:t"), "tune": (TuneConfig, "align=a")}[stage]
+    kind, own = (AlignConfig, "tower=clips:t") if "_align" in recipe.stem else (TuneConfig, "align=a")
     config: Any = load_config(kind, recipe_path(recipe.parents[1], recipe.stem), [*common, own])
     assert config.out == Path("o")
     misspelt = tmp_path / "misspelt.yaml"
-    misspelt.write_text(recipe.read_text().replace("batch_size", "batchsize"))
-    with pytest.raises(
-        InputError, match=r"misspelt\.yaml, line \d+: unknown key 'batchsize' \(did you mean 'batch_size'\?\)"
-    ):
+    misspelt.write_text(recipe.read_text() + "\nseeds: 1\n")
+    for base in RECIPES:
+        (tmp_path / base.name).write_text(base.read_text())
+    with pytest.raises(InputError, match=r"misspelt\.yaml, line \d+: unknown key 'seeds' \(did you mean 'seed'\?\)"):
         load_config(kind, misspelt, [*common, own])
 
 
@@ -516,7 +451,10 @@ def test_the_defaults_are_llava_15s() -> None:
     ("override", "message"),
     [
         ("batch_size=0", "batch_size must be at least 1"),
-        ("gradient_accumulation=5", "not a multiple of gradient_accumulation 5"),
+        ("device_batch_size=5", "batch_size 256 is not a multiple of device_batch_size 5"),
+        ("device_batch_size=0", "device_batch_size must be at least 1"),
+        ("parallel=fsdp", "key 'parallel'"),
+        ("group=modality", "key 'group'"),
         ("samples=0", "samples must be at least 1"),
         ("warmup_ratio=1", r"warmup_ratio must be in \[0, 1\)"),
         ("projector=mlp3x", "key 'projector'"),

@@ -13,15 +13,11 @@ from tokenizers import normalizers, pre_tokenizers, processors
 from transformers import AddedToken, AutoTokenizer, LlavaProcessor, PreTrainedTokenizerFast
 
 from clips_core.errors import InputError
+from llava_bridge.batching import Collator
 from llava_bridge.conversations import (
     IGNORE,
-    Collator,
     Conversation,
     Encoder,
-    Sample,
-    SampleDataset,
-    draw,
-    group_by_length,
     read_conversations,
 )
 from llava_bridge.llm import smollm2
@@ -89,6 +85,7 @@ SPECIAL = {
     "vicuna_v1": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
     "llama3": {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
     "chatml": {"eos_token": "<|im_end|>"},
+    "phi3": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
 }
 
 
@@ -149,6 +146,7 @@ def test_a_system_message_is_read_and_replaces_the_default(name: str) -> None:
         prompt
         == {
             "vicuna_v1": "Be brief. USER: Hi ASSISTANT:",
+            "phi3": "<|system|>\nBe brief.<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>\n",
             "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
             "llama3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
             "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
@@ -157,7 +155,7 @@ def test_a_system_message_is_read_and_replaces_the_default(name: str) -> None:
 
 
 def test_an_unknown_template_is_refused() -> None:
-    with pytest.raises(InputError, match="no chat template 'llama_3': take one of chatml, llama3, vicuna_v1"):
+    with pytest.raises(InputError, match="no chat template 'llama_3': take one of chatml, llama3, phi3, vicuna_v1"):
         shipped_template("llama_3")
 
 
@@ -326,63 +324,3 @@ def test_templates_that_cannot_be_masked_are_refused(encoder: Encoder, template:
     broken = with_template(encoder, template if "add_generation_prompt" in template else template + generation)
     with pytest.raises(InputError, match=f"f, sample 1: .*{message}"):
         broken.chat(CHAT)
-
-
-# -------------------------------------------------------------------------------------------------------------- batching
-
-
-def test_a_batch_is_padded_on_the_right(encoder: Encoder, data: Path) -> None:
-    samples = [encoder.chat(c) for c in read_conversations(data / "tune.json", data / "images")[:4]]
-    batch = Collator(encoder.processor)(samples)
-    longest = max(map(len, samples))
-    assert min(map(len, samples)) < longest
-    for row, sample in enumerate(samples):
-        rest = longest - len(sample)
-        pad = encoder.processor.tokenizer.pad_token_id
-        assert batch["input_ids"][row].tolist() == sample.input_ids.tolist() + [pad] * rest
-        assert batch["labels"][row].tolist() == sample.labels.tolist() + [IGNORE] * rest
-        assert batch["attention_mask"][row].tolist() == [1] * len(sample) + [0] * rest
-        alone = encoder.processor(images=Image.open(sample.images[0]), text="<image>", return_tensors="pt")
-        assert torch.equal(batch["pixel_values"][row], alone["pixel_values"][0])
-
-
-def test_a_truncated_picture_is_named_with_its_sample(encoder: Encoder, data: Path, tmp_path: Path) -> None:
-    path = tmp_path / "cut.png"
-    path.write_bytes((data / "images" / "0.png").read_bytes()[:2000])
-    sample = encoder.chat(conversation("<image>\nWhat?", "A bird.", images=(path,)))
-    with pytest.raises(InputError, match=r"f, sample 1, picture .*cut\.png: not a readable picture"):
-        Collator(encoder.processor)([sample])
-
-
-def test_each_epoch_is_a_permutation() -> None:
-    drawn = draw(10, 25, seed=3)
-    assert sorted(drawn[:10]) == sorted(drawn[10:20]) == list(range(10))
-    assert len(set(drawn[20:])) == 5
-    assert drawn[:10] != drawn[10:20]
-    assert drawn == draw(10, 25, seed=3) != draw(10, 25, seed=4)
-    assert drawn[:15] == draw(10, 15, seed=3)
-
-
-def test_batches_are_of_like_length() -> None:
-    rng = np.random.default_rng(0)
-    lengths = dict(enumerate(rng.integers(40, 200, 500).tolist()))
-    drawn = draw(500, 700, seed=0)
-    order = group_by_length(drawn, lengths, 8, seed=0)
-    assert sorted(order) == sorted(drawn)
-    assert order == group_by_length(drawn, lengths, 8, seed=0) != group_by_length(drawn, lengths, 8, seed=1)
-
-    def padding(order: list[int]) -> float:
-        rows = [[lengths[i] for i in order[start : start + 8]] for start in range(0, len(order), 8)]
-        return sum(max(row) * len(row) for row in rows) / sum(map(sum, rows)) - 1
-
-    assert padding(order) < 0.06 < 0.3 < padding(drawn)
-    means = [np.mean([lengths[i] for i in order[start : start + 8]]) for start in range(0, 128, 8)]
-    assert means != sorted(means)  # short batches must not all come first
-
-
-def test_a_dataset_goes_by_its_order(encoder: Encoder) -> None:
-    samples = {
-        i: Sample(str(i), (), np.arange(i + 1, dtype=np.int32), np.arange(i + 1, dtype=np.int32)) for i in (0, 4, 9)
-    }
-    dataset = SampleDataset(samples, [4, 0, 9, 4])
-    assert [dataset[i].where for i in range(len(dataset))] == ["4", "0", "9", "4"]

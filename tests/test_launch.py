@@ -88,7 +88,7 @@ def wait_for(*paths: Path, process: "subprocess.Popen[str]") -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("name", ["one_node.sh", "slurm.sh", "slurm_node.sh"])
+@pytest.mark.parametrize("name", ["llava.sh", "one_node.sh", "slurm.sh", "slurm_node.sh"])
 def test_shell_files_are_well_formed(name: str) -> None:
     subprocess.run(["bash", "-n", LAUNCH / name], check=True)
     assert os.access(LAUNCH / name, os.X_OK)

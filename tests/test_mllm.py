@@ -1,5 +1,6 @@
 """MLLMs: every weight comes from where it should, the folder is stock transformers', misfits are refused."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -83,7 +84,7 @@ def test_a_missing_package_is_one_line_to_install(monkeypatch: pytest.MonkeyPatc
 
 
 def test_bad_language_models(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such folder, and the only name is smollm2"):
+    with pytest.raises(InputError, match=r"no such folder; write smollm2, a folder, or ORG/NAME\[@REVISION\]"):
         llm_folder("smollm3")
     with pytest.raises(InputError, match=r"has no config\.json"):
         llm_folder(str(tmp_path))
@@ -294,6 +295,11 @@ def test_weights_changed_after_the_run_are_refused(tower: Tower, llm: Path, tmp_
         load_mllm(tmp_path)
 
 
+def test_a_folder_of_another_kind_is_named(llm: Path) -> None:
+    with pytest.raises(InputError, match=r"its model_type is 'llama', and a LLaVA's is one of llava, llava_next"):
+        load_mllm(llm)
+
+
 def test_missing_weights_of_a_saved_model_are_not_drawn_at_random(tower: Tower, llm: Path, tmp_path: Path) -> None:
     save_mllm(*build_mllm(tower, llm), tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors")
@@ -334,6 +340,13 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(tower: Tower, tmp_
     change_config(folder / "config.json", model_type="nonsense")
     with pytest.raises(InputError, match="its config cannot be used"):
         build_mllm(tower, folder)
+
+
+def test_image_tokens_that_differ_are_refused(tower: Tower, llm: Path) -> None:
+    """A tower that denies its class token: the model then passes it on, and the processor does not count it."""
+    wrong = dataclasses.replace(tower, num_prefix_tokens=0)
+    with pytest.raises(InputError, match=r"tokens of a picture of 48 × 48 pixels differ: .*36.*'model': 37"):
+        build_mllm(wrong, llm)
 
 
 def test_a_swapped_tower_needs_stage_1_again(tower: Tower, llm: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ kind is one more function there.
 
 import difflib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from clips_core.errors import InputError
 from clips_core.folders import read_json, read_manifest, sha256_file, write_manifest
-from llava_bridge.towers.carriers import MODEL_TYPES, PROCESSOR, Carrier, one_line, read_carrier, square
+from llava_bridge.hub import WEIGHTS, download, is_repository
+from llava_bridge.towers.carriers import MODEL_TYPES, PROCESSOR, Carrier, read_carrier, square
 
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # PIL's numbers
 
@@ -168,7 +169,7 @@ def _open_clip(name: str, image_size: int | None) -> Carrier:
     from llava_bridge.towers import from_open_clip
 
     if name.startswith("hf-hub:"):
-        folder = _download(
+        folder = download(
             name.removeprefix("hf-hub:"), (from_open_clip.CONFIG,), [(w,) for w in from_open_clip.WEIGHTS]
         )
         return from_open_clip.folder_carrier(folder, image_size)
@@ -185,18 +186,13 @@ def _hf(name: str, image_size: int | None) -> Carrier:
     """A folder that transformers' `save_pretrained` wrote, with its image processor, or ORG/NAME[@REVISION] on the hub."""
     folder = Path(name)
     if not folder.is_dir():
-        if not _is_repository(name):
+        if not is_repository(name):
             raise InputError(f"{folder}: no such folder")
-        folder = _download(name, ("config.json", PROCESSOR), WEIGHTS)
+        folder = download(name, ("config.json", PROCESSOR), WEIGHTS)
     return read_carrier(folder, image_size)
 
 
 KINDS: dict[str, Callable[[str, int | None], Carrier]] = {"clips": _clips, "open_clip": _open_clip, "hf": _hf}
-# Of an HF repository's weights, the first set that is there.
-WEIGHTS = [
-    ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors"),
-    ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"),
-]
 
 
 def _export_of(run: Path) -> Path:
@@ -229,39 +225,6 @@ def _convert_clips(spec: str, image_size: int | None) -> Carrier:
     return Carrier(files.config.parent, carrier.model, carrier.image_processor, carrier.weight_hash)
 
 
-def _is_repository(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
-
-
-def _download(name: str, files: tuple[str, ...], weights: Sequence[tuple[str, ...]]) -> Path:
-    """The local snapshot of ORG/NAME[@REVISION]: what the cache has, where there is no network.
-
-    Args:
-        weights: sets of names or patterns; the first of which the repository has any file is fetched, and no other.
-    """
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    repository, _, revision = name.partition("@")
-    try:
-        for names in weights:
-            folder = snapshot_download(
-                repository,
-                revision=revision or None,
-                allow_patterns=[*files, *names],
-                cache_dir=constants.HF_HUB_CACHE,
-                local_files_only=constants.HF_HUB_OFFLINE,  # else a commit in the cache may be looked up all the same
-            )
-            if any(any(Path(folder).glob(pattern)) for pattern in names):
-                break
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        raise InputError(
-            f"{repository}: neither a folder here nor to be had from the hub or its cache {constants.HF_HUB_CACHE} "
-            f"({one_line(error)[:200]}); without a network, run `hf download {repository}` elsewhere and give the folder"
-        ) from None
-    return Path(folder)
-
-
 # ----------------------------------------------------------------------------------------------------------- texts
 
 
@@ -275,7 +238,7 @@ def _guess(spec: str) -> str:
         guess = f"{'clips' if 'clips' in spec.lower() else 'open_clip'}:{spec}"
     elif folder.is_dir():
         guess = f"{_kind_of(folder)}:{folder}" if _kind_of(folder) else ""
-    elif _is_repository(spec):
+    elif is_repository(spec):
         import open_clip
 
         guess = f"{'open_clip' if spec.partition('/')[0] in open_clip.list_models() else 'hf'}:{spec}"
