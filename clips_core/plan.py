@@ -5,8 +5,8 @@ it is causal. tests/test_plan.py holds the counts against torch's FlopCounterMod
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -35,18 +35,19 @@ CONTRASTIVE_CHUNK = 1024  # of contrastive logits, as in `loss.info_nce`
 
 
 class Gpu(NamedTuple):
-    """Vendor's data sheet: dense bf16 tensor-core FLOP/s; and what nvidia-smi shows as memory, in MiB."""
+    """Vendor's data sheet; and what nvidia-smi shows as memory."""
 
-    peak: float
+    peak: float  # dense bf16 tensor-core FLOP/s
     mib: int
+    bandwidth: float  # of its memory, bytes a second
 
 
 GPUS = {
-    "a100": Gpu(312e12, 81_920),
-    "h100": Gpu(989e12, 81_559),  # SXM
-    "h200": Gpu(989e12, 143_771),
-    "l40s": Gpu(362e12, 46_068),
-    "rtx4090": Gpu(165e12, 24_564),
+    "a100": Gpu(312e12, 81_920, 2.039e12),
+    "h100": Gpu(989e12, 81_559, 3.35e12),  # SXM
+    "h200": Gpu(989e12, 143_771, 4.8e12),
+    "l40s": Gpu(362e12, 46_068, 0.864e12),
+    "rtx4090": Gpu(165e12, 24_564, 1.008e12),
 }
 
 
@@ -118,15 +119,21 @@ def plan(package_folder: Path, settings: Sequence[str]) -> dict[str, Any]:
     Raises:
         InputError: for an unknown key, or a batch that the GPUs cannot share evenly.
     """
-    own = set(PlanConfig.__dataclass_fields__)
-    of_plan = [s for s in settings if "=" in s and s.partition("=")[0].split(".")[0] in own]
+    of_plan, of_run = split_settings(PlanConfig, settings)
     cluster = load_config(PlanConfig, None, of_plan)
-    run = load_settings(PretrainConfig, package_folder, [s for s in settings if s not in of_plan])
+    run = load_settings(PretrainConfig, package_folder, of_run)
     result = estimate(run, cluster)
     print_plan(result)
     if cluster.out is not None:
         write_json(cluster.out, result)
     return result
+
+
+def split_settings(plan_config: type, settings: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The overrides whose key is the plan's own, and all the others, with the names of recipes."""
+    own = {field.name for field in fields(plan_config)}
+    of_plan = [s for s in settings if "=" in s and s.partition("=")[0].split(".")[0] in own]
+    return of_plan, [s for s in settings if s not in of_plan]
 
 
 def estimate(run: PretrainConfig, cluster: PlanConfig) -> dict[str, Any]:
@@ -272,12 +279,12 @@ def flops_per_sample(run: PretrainConfig, cluster: PlanConfig) -> dict[str, Flop
     again = _again(vision, model.vision, n.patches + 1) if run.activation_checkpointing and trained["visual"] else 0
     patch = 2.0 * n.patches * 3 * model.patch_size**2 * model.vision.width
     vision += Flops(patch, patch * trained["visual"])  # no gradient with respect to pixels
-    vision += _product(model.vision.width * model.embed_dim, 2 * trained["visual"])
+    vision += product(model.vision.width * model.embed_dim, 2 * trained["visual"])
     vision = replace(vision, recomputed=vision.forward * cached + again)
 
     text = _tower(model.text, n.text, trained["text"])
     again = _again(text, model.text, n.text) if run.activation_checkpointing and trained["text"] else 0
-    text += _product(model.text.width * model.embed_dim, 2 * trained["text"])
+    text += product(model.text.width * model.embed_dim, 2 * trained["text"])
     text = replace(text, recomputed=text.forward * cached + again)
     text = Flops(n.texts * text.forward, n.texts * text.backward, n.texts * text.recomputed)
 
@@ -287,12 +294,12 @@ def flops_per_sample(run: PretrainConfig, cluster: PlanConfig) -> dict[str, Flop
     if model.decoder is not None:
         parts["decoder"] = _decoder(run, n, trained)
         grads = 1 + trained["decoder"]
-        parts["head"] = _product(n.targets * model.decoder.width * model.vocab_size, grads)
+        parts["head"] = product(n.targets * model.decoder.width * model.vocab_size, grads)
     parts["contrastive"] = Flops(n.texts * 4.0 * pairs, n.texts * 8.0 * pairs)
     return parts
 
 
-def _product(multiply_adds: float, gradients: float) -> Flops:
+def product(multiply_adds: float, gradients: float) -> Flops:
     """A matrix product with so many gradients: of its weight, of its input."""
     return Flops(2.0 * multiply_adds, 2.0 * multiply_adds * gradients)
 
@@ -309,8 +316,8 @@ def _again(blocks: Flops, transformer: TransformerConfig, rows: float) -> float:
 def _tower(transformer: TransformerConfig, tokens: int, trained: bool) -> Flops:
     """The blocks of a tower. Nothing lies below a tower, so a frozen one has no backward pass at all."""
     width = transformer.width
-    linear = _product(transformer.layers * 12 * tokens * width**2, 2 * trained)
-    attention = _product(transformer.layers * 2 * tokens**2 * width, 2 * trained)
+    linear = product(transformer.layers * 12 * tokens * width**2, 2 * trained)
+    attention = product(transformer.layers * 2 * tokens**2 * width, 2 * trained)
     return linear + attention
 
 
@@ -321,11 +328,11 @@ def _decoder(run: PretrainConfig, n: Lengths, trained: dict[str, bool]) -> Flops
     own = trained["decoder"]
     read = n.text - 1 if run.method == "clips" else n.queries  # tokens that text_proj maps
     width, everything = decoder.width, n.prefix + n.queries
-    projections = _product(n.patches * model.vision.width * width, own + trained["visual"])
-    projections += _product(read * model.text.width * width, own + trained["text"])
+    projections = product(n.patches * model.vision.width * width, own + trained["visual"])
+    projections += product(read * model.text.width * width, own + trained["text"])
     linear = (decoder.layers - 1) * 12 * everything + (2 * everything + 10 * n.queries)
     attention = (decoder.layers - 1) * 2 * (n.prefix**2 + n.queries * everything) + 2 * n.queries * everything
-    blocks = _product(linear * width**2, own + 1) + _product(attention * width, 2)
+    blocks = product(linear * width**2, own + 1) + product(attention * width, 2)
     rows = everything - n.prefix / decoder.layers
     return projections + replace(
         blocks, recomputed=_again(blocks, decoder, rows) if run.activation_checkpointing else 0
@@ -512,23 +519,10 @@ def print_plan(result: dict[str, Any]) -> None:
     console = Console(width=None if Console().is_terminal else 120, highlight=False)
     console.print(
         f"[bold]{run['method']}, {model['size'] or 'a size of its own'} at {model['image_size']} px[/bold]: "
-        f"{_si(run['samples'])} samples, batch {run['batch_size']:,}, {parameters['total'] / 1e6:.1f} M parameters "
+        f"{si(run['samples'])} samples, batch {run['batch_size']:,}, {parameters['total'] / 1e6:.1f} M parameters "
         f"({parameters['trained'] / 1e6:.1f} M trained), on {cluster['gpus']} × {cluster['gpu']}"
     )
 
-    flops = Table("GFLOP a picture", *("forward", "backward", "recomputed", "share"), box=box.SIMPLE_HEAD)
-    sums = {
-        key: sum(v[key] for v in result["flops_per_sample"].values()) for key in ("forward", "backward", "recomputed")
-    }
-    for part, value in {**result["flops_per_sample"], "all": {**sums, "share": 1.0}}.items():
-        figures = [f"{value[key] / 1e9:.2f}" for key in sums]
-        flops.add_row(part, *figures, f"{100 * value['share']:.1f} %", style="bold" if part == "all" else None)
-    held = Table("GiB a GPU", "", box=box.SIMPLE_HEAD)
-    for part, size in memory.items():
-        if part not in ("total", "usable", "fits") and size:
-            held.add_row(part, f"{size / GIB:.2f}")
-    held.add_row("all", f"{memory['total'] / GIB:.2f}", style="bold" if memory["fits"] else "bold red")
-    held.add_row("usable", f"{memory['usable'] / GIB:.2f}")
     choices = Table(
         "sharding", "activation checkpointing", "largest micro_batch", "GiB a GPU", "days", box=box.SIMPLE_HEAD
     )
@@ -539,9 +533,11 @@ def print_plan(result: dict[str, Any]) -> None:
             f"{choice['micro_batch']:,}" if fits else "none fits", f"{choice['memory'] / GIB:.1f}",
             f"{choice['days']:.2f}" if fits else "",
         )  # fmt: skip
-    for table in (flops, held, choices):
-        for column in table.columns[1:]:
-            column.justify = "right"
+    for table in (
+        flops_table("GFLOP a picture", result["flops_per_sample"]),
+        memory_table("GiB a GPU", memory),
+        to_the_right(choices),
+    ):
         console.print(table)
     if not memory["fits"]:
         console.print(f"[bold red]does not fit into a {cluster['gpu']}[/bold red]: see which micro_batch does, above\n")
@@ -551,24 +547,53 @@ def print_plan(result: dict[str, Any]) -> None:
         "time": f"{time['days']:.2f} days ({time['gpu_hours']:,.0f} GPU hours), {time['steps']:,} steps of "
         f"{time['seconds_per_step']:.2f} s, {time['images_per_second']:,.0f} images/s, MFU {100 * time['mfu']:.0f} % "
         f"(assumed: {100 * cluster['mfu']:.0f} % of the peak if nothing were computed twice)",
-        "data": f"{data['shards']:,} shards, {_si(data['storage'])}B at {data['stored_size']} px "
-        f"({_si(data['bytes_per_sample'])}B a sample), {data['epochs']:.2f} epochs",
-        "reading": f"{_si(data['read_bandwidth'])}B/s in all, {_si(data['read_bandwidth_per_node'])}B/s and "
+        "data": f"{data['shards']:,} shards, {si(data['storage'])}B at {data['stored_size']} px "
+        f"({si(data['bytes_per_sample'])}B a sample), {data['epochs']:.2f} epochs",
+        "reading": f"{si(data['read_bandwidth'])}B/s in all, {si(data['read_bandwidth_per_node'])}B/s and "
         f"{data['decoding_cores_per_node']:,} decoding cores a node",
-        "checkpoint": f"{_si(checkpoint['bytes'])}B in {checkpoint['seconds']:.0f} s, every "
-        f"{checkpoint['seconds_between'] / 60:.0f} min; {_si(checkpoint['kept_bytes'])}B for those that are kept",
+        "checkpoint": f"{si(checkpoint['bytes'])}B in {checkpoint['seconds']:.0f} s, every "
+        f"{checkpoint['seconds_between'] / 60:.0f} min; {si(checkpoint['kept_bytes'])}B for those that are kept",
     }  # fmt: skip
     if cluster["gpus"] > 1:
-        facts["network"] = f"each GPU sends {_si(network['bytes_per_step'])}B a step, {_si(network['per_second'])}B/s"
+        facts["network"] = f"each GPU sends {si(network['bytes_per_step'])}B a step, {si(network['per_second'])}B/s"
         if cluster["gpus"] > cluster["gpus_per_node"] and network["per_second"] > cluster["network_bandwidth"]:
             facts["network"] += (
-                f": [bold red]more than {_si(cluster['network_bandwidth'])}B/s, so it takes longer[/bold red]"
+                f": [bold red]more than {si(cluster['network_bandwidth'])}B/s, so it takes longer[/bold red]"
             )
     for name, fact in facts.items():
         console.print(f"{name:<12}{fact}", soft_wrap=True)
 
 
-def _si(value: float) -> str:
+def flops_table(title: str, flops_per_sample: Mapping[str, Mapping[str, float]]) -> Table:
+    """GFLOP by part: forward, backward, recomputed, share of forward and backward."""
+    table = Table(title, *("forward", "backward", "recomputed", "share"), box=box.SIMPLE_HEAD)
+    keys = ("forward", "backward", "recomputed")
+    sums = {key: sum(value[key] for value in flops_per_sample.values()) for key in keys}
+    for part, value in {**flops_per_sample, "all": {**sums, "share": 1.0}}.items():
+        figures = [f"{value[key] / 1e9:,.2f}" for key in keys]
+        table.add_row(part, *figures, f"{100 * value['share']:.1f} %", style="bold" if part == "all" else None)
+    return to_the_right(table)
+
+
+def memory_table(title: str, memory: Mapping[str, Any]) -> Table:
+    """GiB by what holds them, the sum in red where it does not fit."""
+    table = Table(title, "", box=box.SIMPLE_HEAD)
+    for part, size in memory.items():
+        if part not in ("total", "usable", "fits") and size:
+            table.add_row(part, f"{size / GIB:.2f}")
+    table.add_row("all", f"{memory['total'] / GIB:.2f}", style="bold" if memory["fits"] else "bold red")
+    table.add_row("usable", f"{memory['usable'] / GIB:.2f}")
+    return to_the_right(table)
+
+
+def to_the_right(table: Table) -> Table:
+    """The same table, its figures to the right under their headings."""
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+def si(value: float) -> str:
     """1_250_000_000 → `1.25 G`."""
     for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= factor:

@@ -13,7 +13,9 @@ import torch
 from clips_core.config import PretrainConfig
 from clips_core.measure import in_turns, peak_bytes, spread
 from clips_core.tokenizer import BOS, CLS, PAD
-from scripts.bench import loader, pretrain
+from llava_bridge.architectures import read_llm
+from llava_bridge.conversations import IGNORE, Encoder
+from scripts.bench import llava, loader, pretrain
 
 SETTINGS = pretrain.Settings(
     size="debug", image_size=56, batch=4, precision="fp32", device="cpu", compile=False, warmup=1, repeats=2, steps=1,
@@ -195,3 +197,127 @@ def test_measures() -> None:
         return second + 0
 
     assert peak_bytes(allocate) == 6 * 2**20
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 1 and stage 2
+# ---------------------------------------------------------------------------------------------------------------------
+
+SMALL_LLAMA = {
+    "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "intermediate_size": 64, "vocab_size": 500,
+}  # fmt: skip
+LLAVA = llava.Settings(
+    llm="tiny", tower="tiny", scale=16, samples=24, batch=12, at_once=4, precision="fp32", attention="eager",
+    checkpointing=False, workers=0, device="cpu", repeats=1, stages=("align", "tune"), arms=("random", "packed"),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("llm")
+    (folder / "config.json").write_text(json.dumps(SMALL_LLAMA))
+    return str(folder)
+
+
+@pytest.mark.parametrize("stage", ["align", "tune"])
+def test_llava_samples_are_as_long_as_they_were_drawn(stage: Any, tmp_path: Path) -> None:
+    settings = dataclasses.replace(LLAVA, samples=300, batch=300)
+    encoder = Encoder(llava.make_processor(settings), 36, llava.max_length(settings))
+    encode = encoder.plain if stage == "align" else encoder.chat
+    samples = [encode(c) for c in llava.make_conversations(stage, settings, [tmp_path / "0.jpg"])]
+    tokens, pictures = llava.drawn_lengths(stage, settings)
+    assert [len(sample) for sample in samples] == tokens.tolist()
+    assert [bool(sample.images) for sample in samples] == pictures.tolist()
+    labels = sum(int((sample.labels != IGNORE).sum()) for sample in samples)
+    text = tokens.sum() - 36 * pictures.sum()
+    learned = (
+        1.0 if stage == "align" else (llava.learned_shares(stage, settings) * (tokens - 36 * pictures)).sum() / text
+    )
+    assert labels / text == pytest.approx(learned, rel=0.25)  # lengths are whole words, and few
+
+
+@pytest.fixture(scope="module")
+def llava_runners(small_llama: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, llava.Runner]:
+    folder = tmp_path_factory.mktemp("pictures")
+    llava.make_pictures(folder)
+    settings = dataclasses.replace(LLAVA, llm=small_llama)
+    runners = {arm: llava.Runner(settings, arm, folder) for arm in ("random", "packed")}
+    for runner in runners.values():
+        runner.warm |= {"align", "tune"}  # nobody looks at the time
+    return runners
+
+
+def test_llava_arms_do_the_same_work(llava_runners: dict[str, llava.Runner]) -> None:
+    for stage in LLAVA.stages:
+        arms = {arm: runner.turn(stage) for arm, runner in llava_runners.items()}
+        tokens = int(llava.drawn_lengths(stage, LLAVA)[0].sum())
+        llava.check_same(stage, arms, tokens, 1e-4)
+        assert arms["random"]["loss"] == pytest.approx(math.log(500), rel=0.05)  # of random weights
+        assert all(result["seconds"] > 0 for result in arms.values())
+        arms["packed"]["loss"] *= 1.001
+        with pytest.raises(RuntimeError, match="packed has a mean loss"):
+            llava.check_same(stage, arms, tokens, 1e-4)
+        with pytest.raises(RuntimeError, match=r"random saw \d+ tokens"):
+            llava.check_same(stage, arms, tokens + 1, 1e-4)
+
+
+def test_trl_does_the_same_work_as_ours(llava_runners: dict[str, llava.Runner]) -> None:
+    pytest.importorskip("trl")
+    ours = llava_runners["random"]
+    theirs = llava.train_trl(ours.settings, ours.conversations["tune"])
+    llava.check_same("tune", {"random": ours.turn("tune"), "trl": theirs}, int(theirs["tokens"]), 1e-4)
+
+
+@pytest.mark.slow  # two processes import everything
+def test_a_whole_run_of_llava(small_llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "result.json"
+    arguments = [
+        "--samples",
+        "8",
+        "--batch",
+        "4",
+        "--at-once",
+        "2",
+        "--repeats",
+        "2",
+        "--stages",
+        "tune",
+        "--device",
+        "cpu",
+    ]
+    assert llava.main([*arguments, "--llm", small_llama, "--arms", "random", "packed", "--json", str(file)]) == 0
+    result = json.loads(file.read_text())
+    shown = capsys.readouterr().out
+    assert "stage 2" in shown and "× random" in shown and "stage 1" not in shown
+    random, packed = (result["stages"]["tune"][arm] for arm in ("random", "packed"))
+    assert random["labels"] == packed["labels"] and random["loss"] == pytest.approx(packed["loss"], rel=1e-4)
+    for value in (random, packed):
+        rate = value["samples_per_second"]
+        assert 0 < rate["low"] <= rate["median"] <= rate["high"]
+        assert value["tokens_per_second"] == pytest.approx(rate["median"] * value["tokens"] / 8)
+        weights = 4 * read_llm(small_llama).parameters
+        assert value["peak_memory"] > 4 * weights  # with gradients and two moments
+        assert value["mfu"] is None
+    assert result["targets"] == []  # they are about a GPU
+
+
+def test_llava_targets_are_of_a_gpu_and_of_whole_lengths() -> None:
+    faster = {"random": {"median": 1.6}, "length": {"median": 1.1}, "trl": {"median": 1.3}}
+    arms: dict[str, Any] = {"packed": {"faster_than": faster, "mfu": 0.44}, "random": {}, "length": {}, "trl": {}}
+    settings = dataclasses.replace(LLAVA, device="cuda", scale=1)
+    found = {target["what"]: target["met"] for target in llava.compare(settings, {"tune": arms})}
+    assert found == {
+        "packed faster than random": True, "packed faster than length": False, "packed faster than trl": True,
+        "MFU of packed": False,
+    }  # fmt: skip
+    del arms["trl"]
+    assert len(llava.compare(settings, {"tune": arms})) == 3 and llava.compare(settings, {"align": arms}) == []
+    assert llava.compare(dataclasses.replace(settings, scale=16), {"tune": arms}) == []
+
+
+def test_bad_arguments_of_llava(capsys: pytest.CaptureFixture[str]) -> None:
+    assert llava.main(["--samples", "10", "--batch", "4"]) == 2
+    assert "--samples must be a multiple of --batch" in capsys.readouterr().err
+    assert llava.main(["--llm", "qwen2.5-0.5b", "--device", "cpu"]) == 2
+    assert "builds Llamas" in capsys.readouterr().err
