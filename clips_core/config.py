@@ -406,6 +406,8 @@ def _fields_at(cls: Any, key: Sequence[str]) -> list[str]:
     """Field names of the (nested) dataclass that `key` leads to."""
     for part in key:
         types = {f.name: f.type for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+        if part not in types:  # a name in a dict of dataclasses, or a place in a list of them
+            continue
         candidates = [types.get(part), *get_args(types.get(part))]
         cls = next((c for c in candidates if dataclasses.is_dataclass(c)), None)
     return [f.name for f in dataclasses.fields(cls)] if cls is not None else []

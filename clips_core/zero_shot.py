@@ -131,9 +131,14 @@ def ranks(queries: Tensor, candidates: Tensor, positive: Sequence[Sequence[int]]
         own = torch.zeros_like(similarity, dtype=torch.bool)
         for row, indices in zip(own, rows[start : start + 1024], strict=True):
             row[list(indices)] = True
-        best = similarity.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)
-        result[start : start + 1024] = (~own & ~(similarity < best)).sum(dim=1).cpu()
+        result[start : start + 1024] = ranks_by_score(similarity, own).cpu()
     return result
+
+
+def ranks_by_score(scores: Tensor, own: Tensor) -> Tensor:
+    """As `ranks`, from the scores [Q, C] of all candidates and a mask [Q, C] of each query's own ones."""
+    best = scores.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)
+    return (~own & ~(scores < best)).sum(dim=1)
 
 
 def recall(rank: Tensor, k: int) -> float:
@@ -186,9 +191,18 @@ def class_weights(model: CLIPS, tokenizer: ClipsTokenizer, names: Sequence[str],
     """
     columns = []
     for name in tqdm(names, desc="classes", unit="class", disable=len(names) * len(templates) < 1000):
-        prompts = [template.format(name) if isinstance(template, str) else template(name) for template in templates]
-        columns.append(F.normalize(embed_texts(model, tokenizer, prompts).mean(dim=0), dim=-1))
+        columns.append(class_direction(embed_texts(model, tokenizer, prompts_of(name, templates))))
     return torch.stack(columns, dim=1)
+
+
+def prompts_of(name: str, templates: Templates) -> list[str]:
+    """A class's name in every template."""
+    return [template.format(name) if isinstance(template, str) else template(name) for template in templates]
+
+
+def class_direction(prompts: Tensor) -> Tensor:
+    """A class's direction, [E], from the L2-normalised features of its prompts, [P, E]."""
+    return F.normalize(prompts.mean(dim=0), dim=-1)
 
 
 def probabilities(image: Tensor, weights: Tensor, scale: float = 100.0) -> Tensor:
@@ -210,7 +224,11 @@ def accuracy(image: Tensor, labels: Tensor, weights: Tensor, names: Sequence[str
         weights: [E, C], see `class_weights`.
         names: of the C classes, each once; they key the result.
     """
-    rank = ranks(image, weights.T, [[label] for label in labels.tolist()])
+    return accuracy_by_rank(ranks(image, weights.T, [[label] for label in labels.tolist()]), labels, names)
+
+
+def accuracy_by_rank(rank: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str, Any]:
+    """As `accuracy`, from the rank of each picture's own class, 0 best, int64 [N]."""
     right = rank == 0
     per_class = {}
     for label, name in enumerate(names):
@@ -300,6 +318,11 @@ def imagenet_names(folder: Path) -> dict[str, str]:
     import open_clip
 
     ids = sorted(class_folders(folder))
-    if len(ids) != len(open_clip.IMAGENET_CLASSNAMES) or not all(name[0] == "n" and name[1:].isdigit() for name in ids):
+    if not are_imagenet_ids(ids):
         raise InputError(f"{folder}: has {len(ids)} class folders; ImageNet has 1,000, named n01440764 and so on")
     return dict(zip(ids, open_clip.IMAGENET_CLASSNAMES, strict=True))
+
+
+def are_imagenet_ids(ids: Sequence[str]) -> bool:
+    """Whether classes are called as the folders of ImageNet's 1,000 are."""
+    return len(ids) == 1000 and all(name[:1] == "n" and name[1:].isdigit() for name in ids)

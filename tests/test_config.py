@@ -82,3 +82,10 @@ def test_shipped_recipe_by_name(tmp_path: Path) -> None:
     assert recipe_path(package, "demo_clips").read_text() == RECIPE
     with pytest.raises(InputError, match="did you mean 'demo_clips'"):
         recipe_path(package, "demo_clip")
+
+
+def test_keys_below_a_name_or_a_place_in_a_list_are_known() -> None:
+    from eval_suites.study_methods import MethodStudyConfig
+
+    with pytest.raises(InputError, match=r"unknown key 'grids\.0\.seds'.*did you mean 'seeds'"):
+        load_config(MethodStudyConfig, None, ["grids=[{arms: [a], seds: [0]}]"])
