@@ -71,13 +71,7 @@ def pretrain(config: PretrainConfig) -> Path:
 
 def _pretrain(config: PretrainConfig, device: torch.device) -> Path:
     # -------------------------------------------------------------------------------------------------- inputs
-    tokenizer = ClipsTokenizer(config.data.vocab or BERT_VOCAB, config.model.text_padding == "attended")
-    dataset = PretrainDataset(config, tokenizer)
-    dataset.check(config.batch_size, world_size())
-    if len(tokenizer) > config.model.vocab_size:
-        raise InputError(
-            f"vocabulary {tokenizer.vocab_path} has {len(tokenizer)} entries, but model.vocab_size is {config.model.vocab_size}"
-        )
+    tokenizer, dataset = open_data(config)
     inputs = {"data": dataset.sources.fingerprint(), "vocab": sha256_file(tokenizer.vocab_path)}
     if config.init_from is not None:
         inputs |= {f"init_from {name}": digest for name, digest in formats.locate(config.init_from).hashes().items()}
@@ -332,6 +326,22 @@ def usable_weights(model: CLIPS, average: Average | None) -> CLIPS:
 def evaluate(model: CLIPS, held_out: zero_shot.RetrievalSet, tokenizer: ClipsTokenizer) -> dict[str, Any]:
     """Zero-shot retrieval of the model as it stands (see `zero_shot.retrieval`)."""
     return zero_shot.retrieval(*zero_shot.embed(model, held_out, tokenizer), held_out.owner)
+
+
+def open_data(config: PretrainConfig) -> tuple[ClipsTokenizer, PretrainDataset]:
+    """Tokenizer and data of a run.
+
+    Raises:
+        InputError: if they are missing, damaged, too few for the processes, or do not fit the model.
+    """
+    tokenizer = ClipsTokenizer(config.data.vocab or BERT_VOCAB, config.model.text_padding == "attended")
+    dataset = PretrainDataset(config, tokenizer)
+    dataset.check(config.batch_size, world_size())
+    if len(tokenizer) > config.model.vocab_size:
+        raise InputError(
+            f"vocabulary {tokenizer.vocab_path} has {len(tokenizer)} entries, but model.vocab_size is {config.model.vocab_size}"
+        )
+    return tokenizer, dataset
 
 
 def flops_per_sample(model: CLIPS, dataset: PretrainDataset, config: PretrainConfig) -> float:

@@ -47,13 +47,16 @@ def _parser() -> argparse.ArgumentParser:
     kinds = data.add_subparsers(metavar="KIND", required=True)
     _configured(kinds, "world", "draw the sample world: pictures, captions, conversations, benchmarks", _world)
     _configured(kinds, "build", "a folder of pictures and captions → webdataset shards", _build)
-
     _configured(kinds, "join", "captions from parquet (Recap-DataComp-1B) → the samples of webdataset tars", _join)
     _configured(
         kinds, "check", "look through data before a run: faults, lengths, copies of evaluation pictures", _check
     )
     _configured(
         kinds, "recaption", "shards → the same with synthetic captions, by a local VLM or an endpoint", _recaption
+    )
+
+    _configured(
+        kinds, "conversations", "look through LLaVA conversations: faults by line, and a repaired file", _conversations
     )
 
     _configured(stages, "pretrain", "shards → a CLIPS (or baseline) vision tower, exported", _pretrain)
@@ -72,28 +75,66 @@ def _parser() -> argparse.ArgumentParser:
     tower.set_defaults(run=_tower)
 
     _configured(stages, "align", "stage 1: train the projector between a tower and a language model", _align)
-    _configured(stages, "tune", "stage 2: LoRA on the language model, and the projector", _tune)
+    _configured(stages, "tune", "stage 2: the language model (LoRA, QLoRA or in full) and the projector", _tune)
+
+    chat = stages.add_parser("chat", help="talk to one LLaVA, or to two side by side: terminal or web page")
+    chat.add_argument(
+        "models", nargs="+", type=Path, metavar="MODEL", help="run of stage 1 or 2, its adapter/, or a LLaVA's folder"
+    )
+    chat.add_argument("--web", action="store_true", help="a page in the browser (needs gradio)")
+    chat.add_argument("--host", default="127.0.0.1", help="of the page; default: this machine alone")
+    chat.add_argument("--port", type=int, default=7860)
+    chat.add_argument("--max-new-tokens", type=int, default=512)
+    chat.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    chat.set_defaults(run=_chat)
+
+    push = stages.add_parser("push", help="upload a finished run's model, card and manifest to the Hugging Face hub")
+    push.add_argument("folder", type=Path, metavar="RUN")
+    push.add_argument("repository", metavar="ORG/NAME")
+    push.add_argument("--private", action="store_true")
+    push.add_argument("--license", metavar="ID", help="such as apache-2.0; without it the card says unknown")
+    push.set_defaults(run=_push)
 
     evaluate = stages.add_parser("eval", help="let a LLaVA answer benchmarks")
     actions = evaluate.add_subparsers(metavar="ACTION", required=True)
     _configured(actions, "run", "answer a suite through lmms-eval's own task code", _eval_run)
+
+    _configured(actions, "tower", "SPEC … SUITE …: zero-shot, retrieval, linear probe and kNN of towers", _eval_tower)
 
     compare = stages.add_parser(
         "compare", help="towers side by side, with statistics: terminal, JSON and one HTML page"
     )
     holds = "holds tower/, align/, tune/ and eval/{real,blank,shuffled}/; its name becomes the tower's"
     compare.add_argument("runs", nargs="+", type=Path, metavar="FOLDER", help=holds)
+    compare.add_argument("--data", type=Path, help="the benchmarks' files, where the page's pictures come from")
     compare.add_argument(
-        "--data", required=True, type=Path, help="the benchmarks' files, where the page's pictures come from"
+        "--out", required=True, type=Path, help="gets report.html, report.json, report.csv, report.tex"
     )
-    compare.add_argument("--out", required=True, type=Path, help="gets report.html and report.json")
+    compare.add_argument("--bundle", type=Path, metavar="FILE.tar.gz", help="an archive that recomputes every figure")
+    compare.add_argument(
+        "--waive", nargs="+", default=[], metavar="KEY", help="settings that may differ besides the towers"
+    )
     compare.set_defaults(run=_compare)
 
     study = stages.add_parser("study", help="many runs that differ in one thing, and the figure of what it does")
     kinds = study.add_subparsers(metavar="KIND", required=True)
     _configured(kinds, "captions", "text length × strategy × captions: the paper's inverse effect", _study_captions)
+    _configured(kinds, "methods", "pretraining methods at equal pictures and equal FLOPs, over seeds", _study_methods)
 
-    _configured(stages, "plan", "what a run will take: FLOPs, memory, days, storage, bandwidth; no GPU needed", _plan)
+    _configured(
+        kinds, "towers", "stages 1 and 2, benchmarks and comparison of towers, all else the same", _study_towers
+    )
+    towers = kinds.choices["towers"]
+    towers.add_argument(
+        "--towers", nargs="+", metavar="[NAME=]SPEC", help="the towers, as `clips-llava tower` takes them"
+    )
+    towers.add_argument("--llm", help="the language model: smollm2, a folder or a hub name")
+    towers.add_argument("--seeds", type=int, metavar="N", help="trainings of each tower: seeds 0 … N - 1")
+    towers.add_argument("--image-mode", choices=("square", "pad"), help="how pictures become square, for all towers")
+    towers.add_argument("--dry-run", action="store_true", help="print the commands and stop")
+
+    takes = "what a run will take ([pretrain | align | tune | eval] first): FLOPs, memory, hours, disk; no GPU needed"
+    _configured(stages, "plan", takes, _plan)
 
     demo = stages.add_parser("demo", help="the whole path on the sample world: two towers, two LLaVAs, one page")
     demo.add_argument("--smoke", action="store_true", help="the same path in under 3 minutes, too small to learn much")
@@ -128,7 +169,8 @@ def _keys(cls: type, prefix: str = "") -> list[str]:
         kind = field.type
         nested = next((t for t in (kind, *getattr(kind, "__args__", ())) if dataclasses.is_dataclass(t)), None)
         if isinstance(nested, type):
-            lines += _keys(nested, f"{prefix}{field.name}.")
+            name = f"{field.name}.NAME" if get_origin(kind) is dict else field.name
+            lines += _keys(nested, f"{prefix}{name}.")
             continue
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
@@ -254,6 +296,25 @@ def _tune(args: argparse.Namespace) -> None:
     tune(config)
 
 
+def _chat(args: argparse.Namespace) -> None:
+    if len(args.models) > 2:
+        raise InputError("chat takes one model, or two to compare")
+    if args.web:
+        from llava_bridge.chat_page import chat_page
+
+        chat_page(args.models, args.host, args.port, args.max_new_tokens, args.temperature)
+    else:
+        from llava_bridge.chat import chat
+
+        chat(args.models, args.max_new_tokens, args.temperature)
+
+
+def _push(args: argparse.Namespace) -> None:
+    from llava_bridge.card import push
+
+    print(push(args.folder, args.repository, args.private, args.license))
+
+
 def _eval_run(args: argparse.Namespace) -> None:
     import eval_suites
     from eval_suites.benchmarks import EvalConfig, run_suite
@@ -261,10 +322,26 @@ def _eval_run(args: argparse.Namespace) -> None:
     run_suite(_config(EvalConfig, args, eval_suites))
 
 
-def _compare(args: argparse.Namespace) -> None:
-    from eval_suites.report import Entry, compare
+def _eval_tower(args: argparse.Namespace) -> None:
+    import eval_suites
+    from eval_suites.towers.config import TowerEvalConfig, arrange
 
-    compare([Entry.of(folder) for folder in args.runs], args.out, args.data)
+    args.settings = arrange(args.settings)
+    config = _config(TowerEvalConfig, args, eval_suites)
+    from eval_suites.towers.run import eval_towers
+
+    eval_towers(config)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from eval_suites.bundle import write_bundle
+    from eval_suites.records import entries_of
+    from eval_suites.report import compare
+
+    entries = [entry for folder in args.runs for entry in entries_of(folder)]
+    compare(entries, args.out, args.data, waived=args.waive)
+    if args.bundle is not None:
+        write_bundle(args.bundle, entries, args.out, args.waive)
 
 
 def _study_captions(args: argparse.Namespace) -> None:
@@ -274,15 +351,29 @@ def _study_captions(args: argparse.Namespace) -> None:
     study_captions(_config(CaptionStudyConfig, args, eval_suites))
 
 
-def _plan(args: argparse.Namespace) -> None:
-    import clips_core
-    from clips_core.plan import PlanConfig, plan
+def _study_methods(args: argparse.Namespace) -> None:
+    import eval_suites
+    from eval_suites.study_methods import MethodStudyConfig, study_methods
 
+    study_methods(_config(MethodStudyConfig, args, eval_suites))
+
+
+def _study_towers(args: argparse.Namespace) -> None:
+    import eval_suites
+    from eval_suites.study_towers import TowerStudyConfig, overrides, study_towers
+
+    args.settings += overrides(args.towers, args.llm, args.seeds, args.image_mode, args.dry_run)
+    study_towers(_config(TowerStudyConfig, args, eval_suites))
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from eval_suites.plan import choose_plan
+
+    config, run, settings = choose_plan(args.settings)
     if args.keys:
-        print("\n".join(_keys(PlanConfig)))
+        print("\n".join(_keys(config)))
         raise SystemExit(0)
-    assert clips_core.__file__ is not None
-    plan(Path(clips_core.__file__).parent, args.settings)
+    run(settings)
 
 
 def _demo(args: argparse.Namespace) -> None:

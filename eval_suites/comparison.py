@@ -1,22 +1,41 @@
 """From runs to figures, tests and sentences.
 
-Towers are compared in pairs on the same questions; the primary comparison, declared here and not chosen by its outcome, is
-that over all questions. The others are secondary and get Holm's adjusted p-values before one is called a difference. Each
-model is also compared with itself shown a blank picture and other questions' pictures. One training per tower says
-something about these models, so no sentence here speaks of methods.
+Towers are compared in pairs on the same questions. The primary comparison, declared here and not chosen by its outcome, is the mean
+over the suite's benchmarks of the standardised difference. All others are secondary and get Holm's adjusted p-values before
+one is called a difference. Each model is also compared with itself shown a blank picture and other questions' pictures. With
+several trainings of each tower, paired by seed, figures and sentences speak of these recipes; with one, of these models.
 """
 
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from clips_core.folders import environment
-from eval_suites.records import PICTURES, Key, Record, Run
-from eval_suites.statistics import Mean, holm, mean_score, paired_difference, recall_interval
+import numpy as np
+from numpy.typing import NDArray
 
+from clips_core.errors import InputError
+from clips_core.folders import environment
+from eval_suites.fairness import Setting
+from eval_suites.records import PICTURES, Key, Record, Run
+from eval_suites.statistics import (
+    Difference,
+    Inference,
+    Mean,
+    holm,
+    mean_score,
+    paired_answers,
+    paired_difference,
+    recall_interval,
+    standardised_difference,
+)
+
+SUITE = "suite"  # all benchmarks, each counting alike: the primary comparison
 ALL, YES_NO = "all questions", "yes/no questions"  # the benchmarks' questions pooled
 ACCURACY = "accuracy"  # the mean per-sample score
+STANDARDISED = "standardised difference"  # of accuracies, over the standard deviation of a question's score
 DIRECTIONS = {"image_to_text": "picture → caption", "text_to_image": "caption → picture"}
 RECALLS = ("R@1", "R@5", "R@10")
 CONTROLS = ("blank", "shuffled")  # pictures shown instead of the right ones
@@ -26,7 +45,7 @@ AIM_RECALL = 0.10  # R@1 both ways of a tower trained by the method `clips`
 
 @dataclass(frozen=True)
 class Comparison:
-    """Mean score of `a` minus that of `b` over the same `n` samples."""
+    """Mean score of `a` minus that of `b` over the same `n` samples. Of SUITE, in standard deviations of a question's score."""
 
     benchmark: str
     metric: str
@@ -36,6 +55,9 @@ class Comparison:
     interval: tuple[float, float]
     p_value: float
     n: int
+    n_seeds: int = 1  # trainings of each
+    inference: Inference = "checkpoint"
+    detectable: float | None = None  # true difference that this design would have found four times in five
 
 
 @dataclass(frozen=True)
@@ -57,6 +79,7 @@ class Report:
     seconds: dict[str, float]
     environment: dict[str, Any]
     findings: list[str]  # sentences; the first is the headline
+    settings: list[Setting]  # of all trainings: identical, or differing by the towers' nature or otherwise
     aims: list[Aim]
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,32 +87,80 @@ class Report:
         return {name: value for name, value in asdict(self).items() if name != "aims"}
 
 
-def analyse(runs: Sequence[Run], seconds: Mapping[str, float]) -> Report:
+Scores = NDArray[np.float64]  # [trainings, questions]
+Trainings = Sequence[Run]  # of one tower, in the order of their seeds
+
+
+def by_tower(runs: Sequence[Run]) -> dict[str, Trainings]:
+    """The trainings of each tower, in the order of their seeds.
+
+    Raises:
+        InputError: unless all towers have trainings of the same seeds, each once: they are compared in pairs.
+    """
+    towers: dict[str, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: run.seed):
+        towers.setdefault(run.name, []).append(run)
+    towers = {name: towers[name] for name in dict.fromkeys(run.name for run in runs)}
+    seeds = {name: [run.seed for run in own] for name, own in towers.items()}
+    first = next(iter(seeds))
+    for name, own in seeds.items():
+        if len(set(own)) < len(own):
+            raise InputError(
+                f"{name}: two trainings of the seed {max(own, key=own.count)}; towers need names of their own"
+            )
+        if own != seeds[first]:
+            raise InputError(
+                f"trainings are paired by seed, but {first} has the seeds {seeds[first]} and {name} {own}; train what is missing"
+            )
+    return dict(towers)
+
+
+def first_trainings(runs: Sequence[Run]) -> list[Run]:
+    """Of each tower the training whose answers and curves are shown."""
+    return [own[0] for own in by_tower(runs).values()]
+
+
+def analyse(runs: Sequence[Run], seconds: Mapping[str, float], settings: Sequence[Setting]) -> Report:
     """Figures, tests and sentences of `runs`, which answered the same questions.
 
-    `seconds`: what stages took on the clock, where somebody measured it; the others' are read from the folders.
+    Args:
+        seconds: what stages took on the clock, where somebody measured it; the others' are read from the folders.
+        settings: in what the trainings are alike and in what not.
     """
+    trainings = by_tower(runs)
     groups = question_groups(runs[0].records["real"])
-    towers = {run.name: tower_figures(run, groups) for run in runs}
+    towers = {name: tower_figures(own, groups) for name, own in trainings.items()}
+    pairs = list(itertools.combinations(trainings.values(), 2))
     comparisons = [
-        *(answers(group, keys, a, b) for a, b in itertools.combinations(runs, 2) for group, keys in groups.items()),
-        *(row for a, b in itertools.combinations(runs, 2) for row in retrievals(a, b)),
+        *(
+            row
+            for a, b in pairs
+            for row in (suite(a, b), *(answers(group, keys, a, b) for group, keys in groups.items()))
+        ),
+        *(row for a, b in pairs for row in retrievals(a[0], b[0])),
     ]
     controls = [
-        _compared(group, ACCURACY, run.name, f"{run.name}, {pictures}", scores, other, clusters)
-        for run in runs
+        _answered(
+            group,
+            name,
+            f"{name}, {pictures}",
+            _scores(own, "real", keys),
+            _scores(own, pictures, keys),
+            _clusters(own, keys),
+        )
+        for name, own in trainings.items()
         for pictures in CONTROLS
+        if all(pictures in run.records for run in own)
         for group, keys in groups.items()
-        for scores, clusters in [_scores(run.records["real"], keys)]
-        for other, _ in [_scores(run.records[pictures], keys)]
     ]
-    read = {stage: value for run in runs for stage, value in stage_seconds(run).items()}
+    read = {stage: value for run in runs for stage, value in stage_seconds(run, len(runs) > len(towers)).items()}
     stages = {stage: value for stage, value in read.items() if whole_stage(stage) not in seconds}
-    aims = [aim for run in runs for aim in aims_of(run, towers[run.name], controls)]
+    aims = [aim for name, own in trainings.items() for aim in aims_of(own, towers[name], controls)]
     findings = sentences(towers, comparisons, controls) + [
         f"Aim {'met' if aim.met else 'missed'}: {aim.text} ({aim.figures})." for aim in aims
     ]
-    return Report(towers, comparisons, controls, {**seconds, **stages}, environment(), findings, aims)
+    findings += [waiver_sentence(setting) for setting in settings if setting.waived]
+    return Report(towers, comparisons, controls, {**seconds, **stages}, environment(), findings, list(settings), aims)
 
 
 # ----------------------------------------------------------------------------------------------------- figures
@@ -100,9 +171,13 @@ def whole_stage(stage: str) -> str:
     return stage.partition(",")[0]
 
 
-def stage_seconds(run: Run) -> dict[str, float]:
-    """Seconds by stage, tower and, for evaluations, pictures: `pretrain clips`, `eval clips, blank`."""
-    names = {field: f"{manifest['stage']} {run.name}" for field, manifest in run.manifests.items()}
+def stage_seconds(run: Run, several: bool = False) -> dict[str, float]:
+    """Seconds by stage, tower, seed (of `several`) and, for evaluations, pictures: `pretrain clips`, `eval clips, blank`."""
+    seed = f" seed {run.seed}" if several else ""
+    names = {
+        field: f"{manifest['stage']} {run.name}{'' if field == 'tower' else seed}"
+        for field, manifest in run.manifests.items()
+    }
     return {f"{names[field]}{f', {field}' if field in PICTURES else ''}": value for field, value in run.seconds.items()}
 
 
@@ -117,30 +192,40 @@ def question_groups(records: Mapping[Key, Record]) -> dict[str, list[Key]]:
     return groups
 
 
-def tower_figures(run: Run, groups: Mapping[str, list[Key]]) -> dict[str, Any]:
-    """One tower's part of report.json: paths and figures."""
-    trained = run.manifests["tower"]["outputs"]
+def tower_figures(own: Trainings, groups: Mapping[str, list[Key]]) -> dict[str, Any]:
+    """One tower's part of report.json: paths and figures, means over its trainings."""
+    first = own[0]
+    trained = first.manifests["tower"]["outputs"] if "tower" in first.manifests else {}
     costs = ("method", "parameters", "flops_per_sample", "seconds", "samples")
     benchmarks: dict[str, Any] = {}
     for group, keys in groups.items():
-        real, blank, shuffled = (_mean(run.records[pictures], keys) for pictures in ("real", *CONTROLS))
-        benchmarks[group] = {
-            **real,
-            "blank": blank,
-            "shuffled": shuffled,
-            "metrics": run.metrics["real"].get(group, {}),
-        }
+        real, *controls = (
+            _mean(own, pictures, keys) if pictures in first.records else None for pictures in ("real", *CONTROLS)
+        )
+        assert real is not None
+        benchmarks[group] = {**real, **dict(zip(CONTROLS, controls, strict=True)), "metrics": _metrics(own, group)}
     return {
-        "tower": {"path": str(run.entry.tower), **{name: trained.get(name) for name in costs}},
+        "tower": {"path": _path(first.entry.tower), **{name: trained.get(name) for name in costs}},
         "mllm": {
-            "path": str(run.entry.tune / "model"),
-            "align": str(run.entry.align),
-            "tune": str(run.entry.tune),
-            "seconds": {stage: run.seconds.get(stage) for stage in ("align", "tune")},
+            "path": _path(first.entry.tune and first.entry.tune / "model"),
+            "align": _path(first.entry.align),
+            "tune": _path(first.entry.tune),
+            "seeds": [run.seed for run in own],
+            "seconds": {stage: first.seconds.get(stage) for stage in ("align", "tune")},
         },
-        "zero_shot": zero_shot_figures(run.zero_shot) if run.zero_shot else None,
+        "zero_shot": zero_shot_figures(first.zero_shot) if first.zero_shot else None,
         "benchmarks": benchmarks,
     }
+
+
+def _path(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _metrics(own: Trainings, task: str) -> dict[str, float]:
+    """lmms-eval's own figures of a task, means over the trainings."""
+    first = own[0].metrics["real"].get(task, {})
+    return {name: float(np.mean([run.metrics["real"][task][name] for run in own])) for name in first}
 
 
 def zero_shot_figures(zero_shot: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,10 +239,17 @@ def zero_shot_figures(zero_shot: Mapping[str, Any]) -> dict[str, Any]:
     return figures | {"intervals": intervals}
 
 
-def answers(group: str, keys: list[Key], a: Run, b: Run) -> Comparison:
-    """Two models' answers to the same questions, shown the right pictures."""
-    (scores, clusters), (other, _) = _scores(a.records["real"], keys), _scores(b.records["real"], keys)
-    return _compared(group, ACCURACY, a.name, b.name, scores, other, clusters)
+def suite(a: Trainings, b: Trainings) -> Comparison:
+    """The primary comparison: shown the right pictures, over all benchmarks, each counting alike."""
+    own = paired_answers([run.records["real"] for run in a], [run.records["real"] for run in b])
+    return _row(SUITE, STANDARDISED, a[0].name, b[0].name, standardised_difference(list(own.values())))
+
+
+def answers(group: str, keys: list[Key], a: Trainings, b: Trainings) -> Comparison:
+    """Two towers' models' answers to the same questions, shown the right pictures."""
+    return _answered(
+        group, a[0].name, b[0].name, _scores(a, "real", keys), _scores(b, "real", keys), _clusters(a, keys)
+    )
 
 
 def retrievals(a: Run, b: Run) -> list[Comparison]:
@@ -171,27 +263,40 @@ def retrievals(a: Run, b: Run) -> list[Comparison]:
             [float(rank < k) for rank in run.zero_shot["ranks"][direction]] for run in (a, b) if run.zero_shot
         )
         if len(hits) == len(other):
-            rows.append(
-                _compared(f"retrieval, {DIRECTIONS[direction]}", recall, a.name, b.name, hits, other, range(len(hits)))
-            )
+            found = paired_difference(hits, other, range(len(hits)))
+            rows.append(_row(f"retrieval, {DIRECTIONS[direction]}", recall, a.name, b.name, found))
     return rows
 
 
-def _scores(records: Mapping[Key, Record], keys: Sequence[Key]) -> tuple[list[float], list[tuple[str, str]]]:
-    """Scores and clusters of `keys`. Pictures of different benchmarks are different clusters."""
-    return [records[key].score for key in keys], [(key[0], records[key].cluster) for key in keys]
+def _scores(own: Trainings, pictures: str, keys: Sequence[Key]) -> Scores:
+    """Scores of `keys`, [trainings, questions]."""
+    return np.array([[run.records[pictures][key].score for key in keys] for run in own])
 
 
-def _mean(records: Mapping[Key, Record], keys: Sequence[Key]) -> dict[str, Any]:
-    mean: Mean = mean_score(*_scores(records, keys))
-    return {ACCURACY: mean.value, "interval": mean.interval, "n": mean.n, "n_clusters": mean.n_clusters}
+def _clusters(own: Trainings, keys: Sequence[Key]) -> list[tuple[str, str]]:
+    """Pictures of different benchmarks are different clusters."""
+    return [(key[0], own[0].records["real"][key].cluster) for key in keys]
 
 
-def _compared(
-    benchmark: str, metric: str, a: str, b: str, scores: list[float], other: list[float], clusters: Sequence[Any]
+def _mean(own: Trainings, pictures: str, keys: Sequence[Key]) -> dict[str, Any]:
+    mean: Mean = mean_score(_scores(own, pictures, keys), _clusters(own, keys))
+    return {
+        ACCURACY: mean.value, "interval": mean.interval, "n": mean.n_samples, "n_seeds": mean.n_seeds,
+        "n_clusters": mean.n_clusters, "inference": mean.inference,
+    }  # fmt: skip
+
+
+def _answered(
+    group: str, a: str, b: str, scores: Scores, other: Scores, clusters: Sequence[tuple[str, str]]
 ) -> Comparison:
-    found = paired_difference(scores, other, clusters)
-    return Comparison(benchmark, metric, a, b, found.difference, found.interval, found.p_value, found.n)
+    return _row(group, ACCURACY, a, b, paired_difference(scores, other, clusters))
+
+
+def _row(benchmark: str, metric: str, a: str, b: str, found: Difference) -> Comparison:
+    return Comparison(
+        benchmark, metric, a, b, found.difference, found.interval, found.p_value, found.n_samples, found.n_seeds,
+        found.inference, found.detectable,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- verdicts
@@ -202,7 +307,7 @@ def verdicts(rows: Sequence[Comparison]) -> list[str | None]:
 
     It can where the interval leaves out zero and p <= 5 %; p is Holm's over `rows` but for the primary comparison.
     """
-    secondary = [i for i, row in enumerate(rows) if row.benchmark != ALL]
+    secondary = [i for i, row in enumerate(rows) if row.benchmark != SUITE]
     p_values = [row.p_value for row in rows]
     for i, adjusted in zip(secondary, holm([p_values[i] for i in secondary]), strict=True):
         p_values[i] = adjusted
@@ -223,7 +328,7 @@ def by_benchmark(rows: Sequence[Comparison]) -> dict[str, list[Comparison]]:
     return grouped
 
 
-def aims_of(run: Run, figures: Mapping[str, Any], controls: Sequence[Comparison]) -> list[Aim]:
+def aims_of(own: Trainings, figures: Mapping[str, Any], controls: Sequence[Comparison]) -> list[Aim]:
     """The aims for towers trained by the method `clips`: that it retrieves, and that its LLaVA uses the picture."""
     if figures["tower"]["method"] != "clips":
         return []
@@ -232,15 +337,15 @@ def aims_of(run: Run, figures: Mapping[str, Any], controls: Sequence[Comparison]
         recalls = {name: figures["zero_shot"][direction]["R@1"] for direction, name in DIRECTIONS.items()}
         aims.append(
             Aim(
-                f"the tower {run.name} retrieves with R@1 of at least {percent(AIM_RECALL)} % both ways among "
+                f"the tower {own[0].name} retrieves with R@1 of at least {percent(AIM_RECALL)} % both ways among "
                 f"{figures['zero_shot']['n']} held-out pictures",
                 min(recalls.values()) >= AIM_RECALL,
                 ", ".join(f"{name} {percent(value)} %" for name, value in recalls.items()),
             )
         )
     for row in controls:
-        if (row.benchmark, row.a, row.b) == (YES_NO, run.name, f"{run.name}, blank"):
-            text = f"the LLaVA with {run.name} beats itself shown a blank picture on all yes/no questions, interval above 0"
+        if (row.benchmark, row.a, row.b) == (YES_NO, own[0].name, f"{own[0].name}, blank"):
+            text = f"the LLaVA with {own[0].name} beats itself shown a blank picture on all yes/no questions, interval above 0"
             aims.append(Aim(text, row.interval[0] > 0, f"{points(row.difference)} points {between(row.interval)}"))
     return aims
 
@@ -252,10 +357,10 @@ def sentences(
     towers: Mapping[str, Mapping[str, Any]], comparisons: Sequence[Comparison], controls: Sequence[Comparison]
 ) -> list[str]:
     """What was found, in words; the headline first."""
-    primary = [row for row in comparisons if row.benchmark == ALL]
+    primary = [row for row in comparisons if row.benchmark == SUITE]
     marks = zip(comparisons, verdicts(comparisons), strict=True)  # of all rows, but words for accuracy and R@1 only
     secondary = [
-        (row, better) for row, better in marks if row.benchmark != ALL and row.metric in (ACCURACY, RECALLS[0])
+        (row, better) for row, better in marks if row.benchmark != SUITE and row.metric in (ACCURACY, RECALLS[0])
     ]
     found = [sentence for row in primary for sentence in (headline(row), basis_sentence(row, towers))]
     for row, better in secondary:
@@ -272,36 +377,62 @@ def sentences(
             found.append(retrieval_sentence(name, figures["zero_shot"]))
     found += [control_sentence(row) for row in controls if row.benchmark == YES_NO and row.b.endswith(", blank")]
     found += [cost for a, b in itertools.combinations(towers, 2) if (cost := cost_sentence(a, b, towers))]
-    found.append(
-        "Each tower was trained once, so all this is about these models: intervals and tests say what other questions of "
-        "the same kind could have changed, not what another training would have."
-    )
+    found.append(reach_sentence(primary[0]))
     return found
 
 
 def headline(row: Comparison) -> str:
     """The primary comparison in words."""
     better = _better(row, row.p_value)
+    subject = (
+        "these two models"
+        if row.inference == "checkpoint"
+        else f"these two towers, with {row.n_seeds} trainings of each"
+    )
     if better is None:
+        kind = "models" if row.inference == "checkpoint" else "towers"
         return (
-            f"These two models cannot be told apart by their answers: {row.a} − {row.b} is {points(row.difference)} points of "
-            f"accuracy {between(row.interval)}."
+            f"These two {kind} cannot be told apart by their answers: over the suite {row.a} − {row.b} is "
+            f"{deviations(row.difference)} of a standard deviation {between(row.interval)}."
         )
     signed = (
         between(row.interval, signed=False) if better == row.a else between((-row.interval[1], -row.interval[0]), False)
     )
-    return (
-        f"Of these two models, {better} answers better, by {points(abs(row.difference), signed=False)} points of accuracy "
-        f"{signed}."
-    )
+    verb = "answers better" if row.inference == "checkpoint" else "makes the better LLaVA"
+    return f"Of {subject}, {better} {verb}, by {deviations(abs(row.difference), signed=False)} of a standard deviation {signed}."
+
+
+def deviations(value: float, signed: bool = True) -> str:
+    """A standardised difference in hundredths: 0.152 → +15.2 %"""
+    return f"{points(value, signed)} %"
 
 
 def basis_sentence(row: Comparison, towers: Mapping[str, Mapping[str, Any]]) -> str:
     """What the headline rests on."""
     a, b = (towers[name]["benchmarks"][ALL] for name in (row.a, row.b))
+    trainings = "" if row.n_seeds == 1 else f" by {row.n_seeds} trainings of each, paired by seed"
     return (
-        f"Shown the same {row.n} questions about {a['n_clusters']} pictures, {row.a} answers {percent(a[ACCURACY])} % rightly and "
-        f"{row.b} {percent(b[ACCURACY])} %; p {p_text(row.p_value)}, paired."
+        f"Asked the same {row.n} questions about {a['n_clusters']} pictures{trainings}, {row.a} answers "
+        f"{percent(a[ACCURACY])} % rightly and {row.b} {percent(b[ACCURACY])} %; in the headline every benchmark counts alike, in "
+        f"standard deviations of a question's score; p {p_text(row.p_value)}, paired."
+    )
+
+
+def waiver_sentence(setting: Setting) -> str:
+    values = ", ".join(f"{name} {value!r}" for name, value in setting.values.items())
+    return f"Not only the towers differ: {setting.key} ({values}) was waived."
+
+
+def reach_sentence(row: Comparison) -> str:
+    """What the intervals know of, and what not."""
+    if row.inference == "recipe":
+        return (
+            f"Each tower's LLaVA was trained with {row.n_seeds} seeds, so intervals and tests say what other trainings and other "
+            "questions of the same kind could have changed. Each tower itself was pretrained once."
+        )
+    return (
+        "Each tower's LLaVA was trained once, so all this is about these models: intervals and tests say what other questions of "
+        "the same kind could have changed, not what another training would have."
     )
 
 
@@ -358,3 +489,9 @@ def between(interval: Sequence[float], signed: bool = True) -> str:
 def p_text(p_value: float) -> str:
     """Ready to follow the letter p: = 0.031, < 0.001"""
     return "< 0.001" if p_value < 0.001 else f"= {p_value:.3f}"
+
+
+def short_value(value: object) -> str:
+    """A setting's value in a table's cell; hashes by their beginning."""
+    text = "unknown" if value is None else value if isinstance(value, str) else json.dumps(value)
+    return f"{text[:12]}…" if len(text) == 64 and text.isalnum() else text

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from eval_suites import comparison
 from eval_suites.charts import Line, line_chart, short
-from eval_suites.comparison import ACCURACY, ALL, DIRECTIONS, RECALLS, YES_NO, Comparison, Report
+from eval_suites.comparison import ACCURACY, ALL, DIRECTIONS, RECALLS, SUITE, YES_NO, Comparison, Report
 from eval_suites.records import Run
 from eval_suites.samples import Pattern
 
@@ -23,7 +23,7 @@ LABELS = {
     YES_NO: "Yes/no questions",
 }
 ASKED = {  # what a benchmark asks, for those who do not know its name
-    ALL: "pooled; primary",
+    ALL: "pooled",
     YES_NO: "pooled",
     "pope": "is this object in the picture?",
     "mme": "pairs of a yes and a no question",
@@ -65,21 +65,27 @@ def environment() -> Environment:
 def render(report: Report, runs: Sequence[Run], patterns: Sequence[Pattern]) -> str:
     """The page as HTML. Every text that comes from data is escaped by the template engine."""
     template = environment()
+    template.filters["setting"] = comparison.short_value
     template.filters["label"] = lambda benchmark: LABELS.get(benchmark, benchmark)
     answers = [row for row in report.comparisons if row.metric == ACCURACY]
+    primary = next(row for row in report.comparisons if row.benchmark == SUITE)
+    retrievals = [row for row in report.comparisons if row.metric in RECALLS]
+    names = list(report.towers)
+    several = len(runs) > len(names)
     marks = comparison.verdicts(report.comparisons)
     return template.get_template("report.html.j2").render(
         report=report,
         runs=runs,
-        names=list(report.towers),
-        numbers_of={name: number for number, name in enumerate(report.towers)},
-        numbers={name: number % COLOURS for number, name in enumerate(report.towers)},
-        primary=answers[0],
+        names=names,
+        numbers_of={name: number for number, name in enumerate(names)},
+        numbers={name: number % COLOURS for number, name in enumerate(names)},
+        primary=primary,
+        recipes=primary.inference == "recipe",
+        firsts=comparison.first_trainings(runs),
         headline=report.findings[0],
         basis=report.findings[1],
-        smallest=smallest_visible(answers[0]),
         answers=comparison.by_benchmark(answers),
-        retrievals=[row for row in report.comparisons if row.metric != ACCURACY],
+        retrievals=retrievals,
         controls=comparison.by_benchmark(report.controls),
         better={
             (row.benchmark, row.metric, row.a, row.b): mark for row, mark in zip(report.comparisons, marks, strict=True)
@@ -90,9 +96,9 @@ def render(report: Report, runs: Sequence[Run], patterns: Sequence[Pattern]) -> 
         },
         limits={
             "answers": limit(answers),
-            "retrievals": limit([row for row in report.comparisons if row.metric != ACCURACY]),
+            "retrievals": limit(retrievals),
             "controls": limit(report.controls),
-            "primary": limit(answers[:1]),
+            "primary": limit([primary]),
         },
         pooled=(ALL, YES_NO),
         asked=ASKED,
@@ -100,11 +106,11 @@ def render(report: Report, runs: Sequence[Run], patterns: Sequence[Pattern]) -> 
         other_seconds={
             stage: value
             for stage, value in report.seconds.items()
-            if not any(stage in map(comparison.whole_stage, comparison.stage_seconds(run)) for run in runs)
+            if not any(stage in map(comparison.whole_stage, comparison.stage_seconds(run, several)) for run in runs)
         },
         directions=DIRECTIONS,
         recalls=RECALLS,
-        charts=training_charts(runs),
+        charts=training_charts(comparison.first_trainings(runs)),
         patterns=patterns,
         own_figures=own_figures(report),
     )
@@ -113,11 +119,6 @@ def render(report: Report, runs: Sequence[Run], patterns: Sequence[Pattern]) -> 
 def limit(rows: Sequence[Comparison]) -> float:
     """End of the symmetric axis on which all intervals of `rows` fit: a multiple of 5 points."""
     return ceil(max((abs(bound) for row in rows for bound in row.interval), default=1.0) * 20 + 1e-9) / 20
-
-
-def smallest_visible(row: Comparison) -> float:
-    """The true difference that a comparison with this error would have found four times in five (2.8 standard errors)."""
-    return (row.interval[1] - row.interval[0]) / 2 * 2.8 / 1.96
 
 
 def own_figures(report: Report) -> list[tuple[str, str, list[float | None]]]:
@@ -164,7 +165,7 @@ def training_charts(runs: Sequence[Run]) -> list[tuple[str, str, Markup]]:
         x_key = "samples" if field == "tower" else "step"
         lines = []
         for number, run in enumerate(runs):
-            measured = [(row[x_key], value(row)) for row in run.logs[field] if x_key in row]
+            measured = [(row[x_key], value(row)) for row in run.logs.get(field, []) if x_key in row]
             points = sorted((x, y) for x, y in measured if y is not None and isfinite(y))
             if points:
                 lines.append(Line(run.name, number % COLOURS, points))

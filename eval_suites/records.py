@@ -1,9 +1,9 @@
 """The finished runs of a tower, read from their folders and checked: what a comparison starts from."""
 
-import itertools
+import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,21 +21,33 @@ Key = tuple[str, int]  # task, doc_id
 
 @dataclass(frozen=True)
 class Entry:
-    """The folders of one tower's runs, all finished."""
+    """The folders of one training of a tower's LLaVA, all finished. A tower may have several trainings, of different seeds."""
 
-    name: str
-    tower: Path  # pretraining run
-    align: Path  # stage 1
-    tune: Path  # stage 2
+    name: str  # the tower's
+    tower: Path | None  # pretraining run; None: the tower was not pretrained here
+    align: Path | None  # stage 1
+    tune: Path | None  # stage 2; neither: the model was not trained here
     real: Path  # evaluations: with each question's own picture,
-    blank: Path  # with a blank one,
-    shuffled: Path  # with another question's
+    blank: Path | None = None  # with a blank one,
+    shuffled: Path | None = None  # with another question's
+    seed: int = 0
 
     @classmethod
-    def of(cls, folder: Path) -> "Entry":
-        """`folder/{tower,align,tune,eval/real,eval/blank,eval/shuffled}`, under the folder's name."""
-        stages = {name: folder / name for name in ("tower", "align", "tune")}
-        return cls(folder.name, **stages, **{pictures: folder / "eval" / pictures for pictures in PICTURES})
+    def of(cls, folder: Path, name: str | None = None, seed: int = 0) -> "Entry":
+        """What there is of `folder/{tower,align,tune,eval/real,eval/blank,eval/shuffled}`, under the folder's name."""
+        places = {field: folder / field for field in ("tower", "align", "tune")}
+        places |= {pictures: folder / "eval" / pictures for pictures in PICTURES}
+        found = {field: path if path.is_dir() else None for field, path in places.items() if field != "real"}
+        return cls(name or folder.name, real=places["real"], seed=seed, **found)
+
+
+def entries_of(folder: Path) -> list[Entry]:
+    """The trainings of one tower: `folder/seed0`, `folder/seed1`, … as `study towers` leaves them, or `folder` itself."""
+    seeds = {int(path.name.removeprefix("seed")): path for path in folder.glob("seed*") if path.name[4:].isdigit()}
+    if not seeds:
+        return [Entry.of(folder)]
+    tower = folder / "tower" if (folder / "tower").is_dir() else None
+    return [replace(Entry.of(path, folder.name, seed), tower=tower) for seed, path in sorted(seeds.items())]
 
 
 @dataclass(frozen=True)
@@ -62,14 +74,18 @@ class Run:
 
     entry: Entry
     manifests: dict[str, dict[str, Any]]  # by field of `Entry`
-    zero_shot: dict[str, Any] | None  # None: the pretraining run had no held-out pictures
-    records: dict[str, dict[Key, Record]]  # by pictures shown
+    zero_shot: dict[str, Any] | None  # None: no pretraining run, or it had no held-out pictures
+    records: dict[str, dict[Key, Record]]  # by pictures shown, the right ones among them
     metrics: dict[str, dict[str, dict[str, Any]]]  # by pictures shown and task: lmms-eval's own figures
     logs: dict[str, list[dict[str, Any]]]  # tower, align, tune: the rows of metrics.jsonl
 
     @property
     def name(self) -> str:
         return self.entry.name
+
+    @property
+    def seed(self) -> int:
+        return self.entry.seed
 
     @cached_property
     def suite(self) -> Suite:
@@ -101,45 +117,70 @@ def read_run(entry: Entry) -> Run:
             malformed file (naming it and the line).
     """
     stages = {"tower": "pretrain", "align": "align", "tune": "tune", **dict.fromkeys(PICTURES, "eval")}
-    manifests = {field: read_manifest(getattr(entry, field), stage) for field, stage in stages.items()}
+    folders = {field: getattr(entry, field) for field in stages if getattr(entry, field) is not None}
+    manifests = {field: read_manifest(folder, stages[field]) for field, folder in folders.items()}
     _check_chain(entry, manifests)
-    model = model_fingerprint(entry.tune / "model")
-    for pictures in PICTURES:
-        shown, folder = manifests[pictures]["config"].get("pictures"), getattr(entry, pictures)
-        if shown != pictures:
-            raise InputError(f"{folder}: evaluated with {shown} pictures; {pictures} ones are needed")
-        if manifests[pictures]["inputs"].get("model") != model:
-            raise InputError(f"{folder}: answered by another model than that of {entry.tune}; evaluate this one")
-    zero_shot = entry.tower / "zero_shot.json"
-    evaluations = {pictures: _read_evaluation(getattr(entry, pictures)) for pictures in PICTURES}
+    shown = [pictures for pictures in PICTURES if pictures in folders]
+    # Without the weights (of a bundle) what was recorded of them must do: all evaluations are of one model.
+    has_weights = entry.tune is not None and any((entry.tune / "model").glob("*.safetensors"))
+    model = (
+        model_fingerprint(entry.tune / "model")
+        if entry.tune and has_weights
+        else manifests["real"]["inputs"].get("model")
+    )
+    for pictures in shown:
+        manifest, folder = manifests[pictures], folders[pictures]
+        if manifest["config"].get("pictures") != pictures:
+            raise InputError(
+                f"{folder}: evaluated with {manifest['config'].get('pictures')} pictures; {pictures} ones are needed"
+            )
+        if manifest["inputs"].get("model") != model:
+            raise InputError(
+                f"{folder}: answered by another model than that of {entry.tune or entry.real}; evaluate this one"
+            )
+    zero_shot = None if entry.tower is None else entry.tower / "zero_shot.json"
+    evaluations = {pictures: _read_evaluation(folders[pictures]) for pictures in shown}
     return Run(
         entry,
         manifests,
-        read_json(zero_shot) if zero_shot.exists() else None,
+        read_json(zero_shot) if zero_shot is not None and zero_shot.exists() else None,
         {pictures: records for pictures, (records, _) in evaluations.items()},
         {pictures: metrics for pictures, (_, metrics) in evaluations.items()},
-        {field: _read_jsonl(getattr(entry, field) / "metrics.jsonl") for field in ("tower", "align", "tune")},
+        {
+            field: _read_jsonl(folders[field] / "metrics.jsonl")
+            for field in ("tower", "align", "tune")
+            if field in folders
+        },
     )
 
 
 def _check_chain(entry: Entry, manifests: dict[str, dict[str, Any]]) -> None:
     """Raise an `InputError` unless stage 1 was trained on this tower and stage 2 on this stage 1, by the weights' hashes."""
-    tower = manifests["tower"]["weights"].get("export/hf/model.safetensors")
-    if manifests["align"]["inputs"].get("tower") != tower:
-        raise InputError(
-            f"{entry.align}: trained with another tower than {entry.tower}; run stage 1 again with this one"
-        )
-    aligned = manifests["align"]["weights"].get("model/model.safetensors")
-    if manifests["tune"]["inputs"].get("align") != aligned:
-        raise InputError(
-            f"{entry.tune}: goes on from another stage 1 than {entry.align}; run stage 2 again from this one"
-        )
+    if "tower" in manifests and "align" in manifests:
+        tower = manifests["tower"]["weights"].get("export/hf/model.safetensors")
+        if manifests["align"]["inputs"].get("tower") != tower:
+            raise InputError(
+                f"{entry.align}: trained with another tower than {entry.tower}; run stage 1 again with this one"
+            )
+    if "align" in manifests and "tune" in manifests:
+        aligned = _model_hash(manifests["align"]["weights"])
+        if manifests["tune"]["inputs"].get("align") != aligned:
+            raise InputError(
+                f"{entry.tune}: goes on from another stage 1 than {entry.align}; run stage 2 again from this one"
+            )
+
+
+def _model_hash(weights: Mapping[str, str]) -> str | None:
+    """`llava_bridge.llm.weight_hash` of a stage's model, from what its manifest recorded."""
+    whole = weights.get("model/model.safetensors")
+    parts = [digest for name, digest in sorted(weights.items()) if name.startswith("model/model-")]
+    return whole or (hashlib.sha256("\n".join(parts).encode()).hexdigest() if parts else None)
 
 
 def check_same_questions(runs: Sequence[Run]) -> None:
     """Raise an `InputError`, naming what differs first, unless all runs answered the same questions in the same way."""
     first, settings = runs[0].records["real"], _settings(runs[0], "real")
-    for run, pictures in itertools.product(runs, PICTURES):
+    for run, pictures in ((own, shown) for own in runs for shown in own.records):
         other = run.records[pictures]
         folders = f"{runs[0].entry.real} and {getattr(run.entry, pictures)}"
         difference = first_difference(settings, _settings(run, pictures))

@@ -37,7 +37,7 @@ class Pattern:
     samples: list[Sample]
 
 
-def choose(answers: Sequence[Mapping[Key, Record]], suite: Suite, data: Path) -> list[Pattern]:
+def choose(answers: Sequence[Mapping[Key, Record]], suite: Suite, data: Path | None) -> list[Pattern]:
     """Questions for each pattern of right and wrong answers, those on which the models differ first.
 
     They are taken at even distances from the sorted list, in turn from each task, whatever they show.
@@ -45,7 +45,7 @@ def choose(answers: Sequence[Mapping[Key, Record]], suite: Suite, data: Path) ->
     Args:
         answers: each model's records of the same questions.
         suite: says which files the questions are from.
-        data: folder with these files.
+        data: folder with these files; None: questions are shown without their pictures.
 
     Raises:
         InputError: if a file is missing, or its rows are not the questions that were answered.
@@ -58,15 +58,14 @@ def choose(answers: Sequence[Mapping[Key, Record]], suite: Suite, data: Path) ->
     documents = {
         name: read_documents(task.tables, sorted(i for keys in chosen.values() for t, i in keys if t == name), data)
         for name, task in suite.tasks.items()
+        if data is not None
     }
-    return [
-        Pattern(
-            right,
-            len(by_pattern[right]),
-            [_sample([records[task, i] for records in answers], documents[task][i]) for task, i in chosen[right]],
-        )
-        for right in order
-    ]
+
+    def sample(task: str, i: int) -> Sample:
+        records = [own[task, i] for own in answers]
+        return _sample(records, documents[task][i]) if documents else Sample(records, None)
+
+    return [Pattern(right, len(by_pattern[right]), [sample(*key) for key in chosen[right]]) for right in order]
 
 
 def evenly_by_task(keys: Sequence[Key], count: int = PER_PATTERN) -> list[Key]:

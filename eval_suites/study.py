@@ -10,12 +10,9 @@ Under `out` there are one run folder a point (`points/`, each as `clips-llava pr
 finished point), study.json, the figure as captions.svg and captions.png, and captions.html. All are written anew after every point.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,15 +24,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-import clips_core
-from clips_core.config import FORBID, PretrainConfig, Strategy, load_config, recipe_path, to_dict, what_trains
+from clips_core.config import FORBID, PretrainConfig, Strategy, to_dict, what_trains
 from clips_core.errors import InputError
-from clips_core.folders import MANIFEST, first_difference, read_json, read_manifest, write_bytes, write_json
+from clips_core.folders import first_difference, read_json, read_manifest, write_bytes, write_json
 from clips_core.recaption import parse_part
 from eval_suites import study_page
 from eval_suites.comparison import between, percent
-from eval_suites.demo import Clock, with_clock
-from eval_suites.page import duration
+from eval_suites.grid import claimed, is_finished, point_config, train_points
 from eval_suites.study_curves import LABELS, MEASURES, Result, Study, analyse, scores_by_picture, tokens
 
 SETTINGS = "settings.json"  # of a study's folder: what all of its points have in common
@@ -113,42 +108,22 @@ def study_captions(config: CaptionStudyConfig) -> Path:
     grid = points(config)
     runs = {point: pretrain_config(config, point) for point in grid}
     _check_lengths(grid, runs)
-    part, parts = (0, 1) if config.part is None else parse_part(config.part)
 
-    from clips_core.distributed import from_main, is_main, process_group  # torch: only now that the settings are right
-    from clips_core.train import pretrain
+    def conclude() -> None:
+        study = publish(config, runs)
+        if study is not None:
+            print_study(study, Console())
+        print(f"\n{_standing(config, runs)}")
 
-    with process_group():
-        if is_main():
-            _agree_on_settings(config, runs[grid[0]])
-        finished = from_main({point for point in grid if _is_finished(runs[point])} if is_main() else None)
-        own = [point for point in grid[part::parts] if point not in finished]
-        if is_main():
-            print(
-                f"{config.out}: {len(grid)} trainings of {runs[grid[0]].samples} pictures each, {len(finished)} finished; "
-                f"{len(own)} to do here",
-                flush=True,
-            )
-        for number, point in enumerate(own, start=1):
-            run = runs[point]
-            with contextlib.ExitStack() as stack:
-                ours = from_main(stack.enter_context(claimed(run.out)) if is_main() else None)
-                if not ours or from_main(_is_finished(run) if is_main() else None):
-                    if is_main():
-                        print(f"\n[{number}/{len(own)}] {point}: another process has it", flush=True)
-                    continue
-                if is_main():
-                    _announce(f"[{number}/{len(own)}] {point}", runs, len(own) - number + 1)
-                    _share_index(run, runs)
-                    with_clock(Clock(run.out / "clock.json"), "pretrain", lambda run=run: pretrain(run))  # type: ignore[misc]
-                    publish(config, runs)
-                else:
-                    pretrain(run)
-        if is_main():
-            study = publish(config, runs)
-            if study is not None:
-                print_study(study, Console())
-            print(f"\n{_standing(config, runs)}")
+    train_points(
+        config.out,
+        runs,
+        config.part,
+        is_done=lambda point: is_finished(runs[point]),
+        before=lambda: _agree_on_settings(config, runs[grid[0]]),
+        after_each=lambda: publish(config, runs),
+        after_all=conclude,
+    )
     return config.out
 
 
@@ -177,15 +152,6 @@ def pretrain_config(config: CaptionStudyConfig, point: Point) -> PretrainConfig:
     Raises:
         InputError: if `pretrain` has an unknown or wrong key, or one that the study sets itself.
     """
-    base = dict(config.pretrain)
-    for key, instead in OWN_KEYS.items():
-        if key in base:
-            raise InputError(f"pretrain.{key}: the study sets it; {instead}")
-    recipes = base.pop("recipe", [])
-    recipes = [recipes] if isinstance(recipes, str) else recipes
-    if not isinstance(recipes, list) or not all(isinstance(name, str) for name in recipes):
-        raise InputError(f"pretrain.recipe: must be the name or path of a recipe, or a list of them, not {recipes!r}")
-    core = Path(clips_core.__file__).parent
     own = {
         "out": str(config.out / "points" / point.name),
         "method": "clip",
@@ -193,20 +159,7 @@ def pretrain_config(config: CaptionStudyConfig, point: Point) -> PretrainConfig:
         "texts": {"source": point.source, "strategy": point.strategy, "length": point.length},
         "seed": point.seed,
     }
-    settings = [f"{key}={json.dumps(value)}" for values in (base, own) for key, value in _leaves(values)]
-    try:
-        return load_config(PretrainConfig, [recipe_path(core, name) for name in recipes], settings)
-    except InputError as error:
-        raise InputError(f"pretrain: {error}") from None
-
-
-def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values: `{"data": {"train": "a"}}` → `data.train`, `"a"`."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    return point_config(config.pretrain, own, OWN_KEYS)
 
 
 def _check_lengths(grid: Sequence[Point], runs: dict[Point, PretrainConfig]) -> None:
@@ -226,24 +179,6 @@ def _check_lengths(grid: Sequence[Point], runs: dict[Point, PretrainConfig]) -> 
 # --- the folder -----------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def claimed(folder: Path, wait: bool = False) -> Iterator[bool]:
-    """Whether `folder` is ours within, and no other process's. The claim ends with the process, however that ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        except OSError:  # a file system without locks: `part` alone keeps the processes apart
-            pass
-        yield True
-    finally:
-        os.close(file)
-
-
 def _agree_on_settings(config: CaptionStudyConfig, run: PretrainConfig) -> None:
     """Write down what all points have in common, or compare with what an earlier run or another process has written.
 
@@ -261,18 +196,6 @@ def _agree_on_settings(config: CaptionStudyConfig, run: PretrainConfig) -> None:
         raise InputError(
             f"{config.out} holds a study with other settings (pretrain.{difference}); choose another out or delete it"
         )
-
-
-def _is_finished(run: PretrainConfig) -> bool:
-    return (run.out / MANIFEST).is_file()
-
-
-def _share_index(run: PretrainConfig, runs: dict[Point, PretrainConfig]) -> None:
-    """Give a point the counts of samples that a finished one has made: large data is counted once, not once a point."""
-    made = [other.out / "data_index.jsonl" for other in runs.values() if _is_finished(other)]
-    index = next((path for path in made if path.exists()), None)
-    if index is not None and not (run.out / index.name).exists():
-        write_bytes(run.out / index.name, index.read_bytes())
 
 
 def read_row(point: Point, run: PretrainConfig) -> dict[str, Any]:
@@ -305,7 +228,7 @@ def publish(config: CaptionStudyConfig, runs: dict[Point, PretrainConfig]) -> St
         InputError: if two points were trained or evaluated on different data.
     """
     with claimed(config.out, wait=True):  # so that no process writes what it read before another one's last point
-        finished = {point: run for point, run in runs.items() if _is_finished(run)}
+        finished = {point: run for point, run in runs.items() if is_finished(run)}
         rows = [read_row(point, run) for point, run in finished.items()]
         if not rows:
             return None
@@ -315,7 +238,7 @@ def publish(config: CaptionStudyConfig, runs: dict[Point, PretrainConfig]) -> St
                 if difference is not None:
                     names = f"{rows[0]['folder']} and {row['folder']}"
                     raise InputError(f"{names} saw different data ({difference}); delete the one that is out of date")
-        owner = _owner(rows[0], next(iter(finished.values())))
+        owner = caption_owners(rows[0], next(iter(finished.values())))
         results = [
             Result(row, scores_by_picture(read_json(run.out / "zero_shot.json")["ranks"], owner))
             for row, run in zip(rows, finished.values(), strict=True)
@@ -329,10 +252,14 @@ def publish(config: CaptionStudyConfig, runs: dict[Point, PretrainConfig]) -> St
     return study
 
 
-def _owner(row: dict[str, Any], run: PretrainConfig) -> NDArray[np.int64]:
-    """The picture of each held-out caption, [C]. The held-out data is read only if pictures have several captions."""
-    if row["captions"] == row["n"]:
-        return np.arange(row["n"])
+def caption_owners(zero_shot: Mapping[str, Any], run: PretrainConfig) -> NDArray[np.int64]:
+    """The picture of each held-out caption, [C]. The held-out data is read only if pictures have several captions.
+
+    Args:
+        zero_shot: `n` pictures and `captions` of an evaluation of this run.
+    """
+    if zero_shot["captions"] == zero_shot["n"]:
+        return np.arange(zero_shot["n"])
     from clips_core.zero_shot import RetrievalSet
 
     return RetrievalSet(run.evaluation, run.data, run.model.image_size).owner.numpy()
@@ -341,16 +268,8 @@ def _owner(row: dict[str, Any], run: PretrainConfig) -> NDArray[np.int64]:
 # --- what is said of it ---------------------------------------------------------------------------------------------
 
 
-def _announce(what: str, runs: dict[Point, PretrainConfig], count: int) -> None:
-    """Print what begins, and the time left for `count` points like those that are finished, one after another."""
-    clocks = [run.out / "clock.json" for run in runs.values() if _is_finished(run)]
-    seconds = [Clock(path).total() for path in clocks if path.exists()]
-    left = f"   (about {duration(count * sum(seconds) / len(seconds))} left)" if seconds else ""
-    print(f"\n{what}{left}", flush=True)
-
-
 def _standing(config: CaptionStudyConfig, runs: dict[Point, PretrainConfig]) -> str:
-    missing = [point for point, run in runs.items() if not _is_finished(run)]
+    missing = [point for point, run in runs.items() if not is_finished(run)]
     if not missing:
         return f"All {len(runs)} points are finished. The page: {config.out / 'captions.html'}"
     return (

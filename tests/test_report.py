@@ -1,12 +1,16 @@
 """The comparison of towers on small synthetic folders, against plain re-computation, and the page it makes."""
 
 import base64
+import contextlib
+import csv
 import dataclasses
 import io
 import json
 import math
 import re
 import shutil
+import subprocess
+import tarfile
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -24,10 +28,12 @@ from clips_core.errors import InputError
 from clips_core.folders import MetricsLog, read_json, write_json, write_manifest
 from eval_suites import samples
 from eval_suites.benchmarks import load_suite, model_fingerprint
+from eval_suites.bundle import write_bundle
 from eval_suites.charts import HEIGHT, MOST_POINTS, WIDTH, Line, averaged, line_chart, short, ticks
+from eval_suites.cli import main
 from eval_suites.comparison import Comparison, verdicts
 from eval_suites.page import duration, quantity
-from eval_suites.records import Entry
+from eval_suites.records import Entry, entries_of
 from eval_suites.report import compare
 
 HOSTILE = '</dd><script>alert("1")</script><img src=x onerror=alert(1)>'
@@ -234,7 +240,7 @@ def copies(tmp_path: Path, folder: Path, entries: list[Entry]) -> list[Entry]:
     for entry in entries:
         shutil.copytree(folder / entry.name, tmp_path / entry.name)
     return [
-        Entry(entry.name, *(tmp_path / entry.name / path.name for path in dataclasses.astuple(entry)[1:]))
+        Entry(entry.name, *(tmp_path / entry.name / path.name for path in dataclasses.astuple(entry)[1:-1]))
         for entry in entries
     ]
 
@@ -253,10 +259,22 @@ def edit(path: Path, line: int, **values: Any) -> None:
 
 
 def test_report_json_has_the_promised_shape(report: dict[str, Any]):
-    assert list(report) == ["towers", "comparisons", "controls", "seconds", "environment", "findings"]
+    assert list(report) == ["towers", "comparisons", "controls", "seconds", "environment", "findings", "settings"]
     assert list(report["towers"]) == ["clips", "clip_mix"]
     assert all(list(tower) == ["tower", "mllm", "zero_shot", "benchmarks"] for tower in report["towers"].values())
-    fields = ["benchmark", "metric", "a", "b", "difference", "interval", "p_value", "n"]
+    fields = [
+        "benchmark",
+        "metric",
+        "a",
+        "b",
+        "difference",
+        "interval",
+        "p_value",
+        "n",
+        "n_seeds",
+        "inference",
+        "detectable",
+    ]
     assert all(list(row) == fields for row in report["comparisons"] + report["controls"])
     assert report["seconds"]["world"] == 12.5
     assert report["seconds"]["pretrain clips"] == 330.0
@@ -343,7 +361,8 @@ def test_controls_compare_a_model_with_itself(report: dict[str, Any], entries: l
 def test_sentences_speak_of_these_models(report: dict[str, Any]):
     findings = report["findings"]
     assert re.fullmatch(
-        r"Of these two models, clips answers better, by \d+\.\d points of accuracy \[\d+\.\d, \d+\.\d\]\.", findings[0]
+        r"Of these two models, clips answers better, by \d+\.\d % of a standard deviation \[\d+\.\d, \d+\.\d\]\.",
+        findings[0],
     )
     assert not any("method" in sentence for sentence in findings)
     assert sum(sentence.startswith("Aim met: ") for sentence in findings) == 2
@@ -385,7 +404,7 @@ def test_a_winner_needs_holm_and_the_interval():
         return Comparison(benchmark, "accuracy", "a", "b", sum(interval) / 2, interval, p_value, 100)
 
     rows = [
-        row("all questions", (0.01, 0.09), 0.04),  # the primary comparison: its own p
+        row("suite", (0.01, 0.09), 0.04),  # the primary comparison: its own p
         row("pope", (0.01, 0.09), 0.04),  # 0.04 * 2
         row("mme", (-0.2, -0.1), 0.001),
         row("gqa", (-0.01, 0.2), 0.001),  # the interval holds zero
@@ -696,8 +715,155 @@ def test_runs_that_do_not_go_on_from_each_other_are_refused(copies: list[Entry],
     refused([a, with_others_tower], folder, tmp_path, "goes on from another stage 1")
 
 
-def test_an_entry_is_found_by_its_folder():
-    entry = Entry.of(Path("runs/clips"))
+def test_an_entry_is_found_by_its_folder(tmp_path: Path):
+    for name in ("align", "tune", "eval/real", "eval/blank"):
+        (tmp_path / "clips" / name).mkdir(parents=True)
+    (entry,) = entries_of(tmp_path / "clips")
     assert (
-        entry.name == "clips" and entry.blank == Path("runs/clips/eval/blank") and entry.tune == Path("runs/clips/tune")
+        entry.name == "clips" and entry.blank == tmp_path / "clips/eval/blank" and entry.tune == tmp_path / "clips/tune"
     )
+    assert entry.tower is None and entry.shuffled is None  # not pretrained here; not shown other questions' pictures
+
+
+def test_trainings_of_several_seeds_are_found_by_their_folder(tmp_path: Path):
+    for name in ("tower", "seed0/align", "seed10/align", "seed2/align"):
+        (tmp_path / "clips" / name).mkdir(parents=True)
+    entries = entries_of(tmp_path / "clips")
+    assert [(entry.name, entry.seed) for entry in entries] == [("clips", 0), ("clips", 2), ("clips", 10)]
+    assert {entry.tower for entry in entries} == {tmp_path / "clips/tower"}
+    assert entries[1].align == tmp_path / "clips/seed2/align" and entries[1].real == tmp_path / "clips/seed2/eval/real"
+
+
+# --------------------------------------------------------------------------------------------- several trainings
+
+
+@pytest.fixture(scope="module")
+def trainings(tmp_path_factory: pytest.TempPathFactory, questions: list[Question]) -> list[Entry]:
+    """Three trainings of each of two towers, which share the tower."""
+    root = tmp_path_factory.mktemp("trainings")
+    entries = []
+    for seed in range(3):
+        for name, skill in (("clips", 0.95), ("clip_mix", 0.35)):
+            made = make_entry(root / f"seed{seed}", name, questions, skill, seed=10 * seed + len(name))
+            tower = next((entry.tower for entry in entries if entry.name == name), made.tower)
+            entries.append(dataclasses.replace(made, seed=seed, tower=tower))
+    return entries
+
+
+def test_several_trainings_speak_of_the_towers(trainings: list[Entry], folder: Path, tmp_path: Path):
+    found = compare(trainings, tmp_path, folder / "benchmarks")
+    primary = found.comparisons[0]
+    assert (primary.benchmark, primary.inference, primary.n_seeds) == ("suite", "recipe", 3)
+    assert found.findings[0].startswith(
+        "Of these two towers, with 3 trainings of each, clips makes the better LLaVA, by "
+    )
+    assert any("trained with 3 seeds" in sentence for sentence in found.findings)
+    everything = {
+        name: [row["score"] for entry in trainings if entry.name == name for task in ("pope", "mme", "gqa", "textvqa_val")
+               for row in scores(entry.real, task).values()]
+        for name in ("clips", "clip_mix")
+    }  # fmt: skip
+    for name, own in everything.items():
+        assert found.towers[name]["benchmarks"]["all questions"]["accuracy"] == pytest.approx(np.mean(own))
+        assert found.towers[name]["mllm"]["seeds"] == [0, 1, 2]
+    row = next(row for row in found.comparisons if row.benchmark == "all questions")
+    assert row.difference == pytest.approx(np.mean(everything["clips"]) - np.mean(everything["clip_mix"]))
+    assert row.n == primary.n == len(everything["clips"]) / 3
+    page = Page()
+    page.feed((tmp_path / "report.html").read_text())
+    assert page.open == [] and "seed 2" in page.text and "these two models" not in page.text
+
+
+def test_trainings_are_paired_by_seed(trainings: list[Entry], folder: Path, tmp_path: Path):
+    with pytest.raises(
+        InputError, match=r"clips has the seeds \[0, 1, 2\] and clip_mix \[0, 1\]; train what is missing"
+    ):
+        compare(trainings[:-1], tmp_path, folder / "benchmarks")
+
+
+def test_a_model_that_was_not_trained_here_is_compared_by_its_answers(
+    entries: list[Entry], folder: Path, tmp_path: Path
+):
+    elsewhere = [Entry(entry.name, None, None, None, entry.real) for entry in entries]
+    found = compare(elsewhere, tmp_path, folder / "benchmarks")
+    with_all = compare(entries, tmp_path / "all", folder / "benchmarks")
+    assert found.comparisons == [row for row in with_all.comparisons if not row.benchmark.startswith("retrieval")]
+    assert found.controls == [] and found.towers["clips"]["tower"]["path"] is None
+    page = Page()
+    page.feed((tmp_path / "report.html").read_text())
+    assert page.open == [] and "Does the answer come from the picture?" not in page.text
+
+
+# ------------------------------------------------------------------------------------------------ what is alike
+
+
+def change(folder: Path, section: str, **values: Any) -> None:
+    manifest = read_json(folder / "manifest.json")
+    write_json(folder / "manifest.json", manifest | {section: manifest[section] | values})
+
+
+def test_what_differs_besides_the_towers_is_refused_or_waived(copies: list[Entry], folder: Path, tmp_path: Path):
+    assert copies[0].tune is not None and copies[1].align is not None
+    change(copies[0].tune, "config", learning_rate=1e-3, samples=20)
+    change(copies[1].tune, "config", learning_rate=2e-4, samples=20)
+    change(copies[1].align, "environment", device="another machine")
+    refused(copies, folder, tmp_path, r"not only the towers differ \(.*tune\.learning_rate: clips 0\.001, clip_mix 0\.0002.*"
+            r"environment\.align\.device.*--waive ")  # fmt: skip
+    with pytest.raises(InputError, match=r"not only the towers differ \(environment\.align\.device"):
+        compare(copies, tmp_path / "out", folder / "benchmarks", waived=["tune.learning_rate"])
+    found = compare(copies, tmp_path / "out", folder / "benchmarks", waived=["tune.learning_rate", "environment"])
+    kinds = {setting.key: (setting.kind, setting.waived) for setting in found.settings}
+    assert kinds["tune.learning_rate"] == ("otherwise", True) and kinds["tune.samples"] == ("identical", False)
+    assert kinds["tower.hash"] == ("nature", False) and kinds["pretraining.method"] == ("nature", False)
+    assert "tune.out" not in kinds and "tune.seed" not in kinds
+    assert any(sentence.startswith("Not only the towers differ: tune.learning_rate") for sentence in found.findings)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "tune.learning_rate" in page and "waived" in page
+
+
+def test_trainings_of_one_tower_are_alike_too(trainings: list[Entry], folder: Path, tmp_path: Path):
+    changed = shutil.copytree(trainings[0].tune, tmp_path / "tune")  # type: ignore[arg-type]
+    change(changed, "config", samples=20)
+    with pytest.raises(InputError, match=r"tune\.samples: clips \[20, None, None\], clip_mix None"):
+        compare(
+            [dataclasses.replace(trainings[0], tune=changed), *trainings[1:]], tmp_path / "out", folder / "benchmarks"
+        )
+
+
+# ------------------------------------------------------------------------------------------------ to take away
+
+
+def test_a_bundle_recomputes_every_figure(trainings: list[Entry], tmp_path: Path):
+    """Unpacked elsewhere, without weights and benchmark files, the command in its README finds the same."""
+    compare(trainings, tmp_path / "out")
+    write_bundle(tmp_path / "mine.tar.gz", trainings, tmp_path / "out")
+    write_bundle(tmp_path / "again" / "mine.tar.gz", trainings, tmp_path / "out")
+    assert (tmp_path / "mine.tar.gz").read_bytes() == (tmp_path / "again" / "mine.tar.gz").read_bytes()
+    with tarfile.open(tmp_path / "mine.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    assert not list((tmp_path / "mine").rglob("*.safetensors"))
+    subprocess.run(["sha256sum", "--quiet", "-c", "sha256.txt"], cwd=tmp_path / "mine", check=True)
+    command = next(
+        line for line in (tmp_path / "mine/README.txt").read_text().splitlines() if "clips-llava compare" in line
+    )
+    with contextlib.chdir(tmp_path / "mine"):
+        assert main(command.split()[1:]) == 0
+    own, again = (read_json(folder / "report.json") for folder in (tmp_path / "out", tmp_path / "mine" / "recomputed"))
+    for part in ("comparisons", "controls", "findings", "settings"):
+        assert own[part] == again[part]
+    assert own["towers"]["clips"]["benchmarks"] == again["towers"]["clips"]["benchmarks"]
+    assert (tmp_path / "out/report.csv").read_text() == (tmp_path / "mine/recomputed/report.csv").read_text()
+
+
+def test_tables_to_take_away(report: dict[str, Any], folder: Path):
+    rows = list(csv.DictReader((folder / "out/report.csv").read_text().splitlines()))
+    assert len(rows) == 2 * 6 + len(report["comparisons"]) + len(report["controls"])
+    own = next(row for row in rows if (row["benchmark"], row["a"], row["b"]) == ("mme", "clips", ""))
+    assert float(own["value"]) == report["towers"]["clips"]["benchmarks"]["mme"]["accuracy"]
+    compared = next(row for row in rows if (row["benchmark"], row["b"]) == ("mme", "clip_mix"))
+    assert float(compared["p_value"]) == next(
+        row["p_value"] for row in report["comparisons"] if row["benchmark"] == "mme"
+    )
+    latex = (folder / "out/report.tex").read_text()
+    assert r"textvqa\_val" in latex and latex.count(r" \\") == 3 and r"clip\_mix" in latex
+    assert "$^*$" in latex  # clip_mix is told apart from clips

@@ -29,8 +29,9 @@ from clips_core.train import pretrain
 from eval_suites import study, study_page
 from eval_suites.charts import IntervalLine, interval_chart
 from eval_suites.cli import main
+from eval_suites.grid import claimed
 from eval_suites.statistics import recall_interval
-from eval_suites.study import CaptionStudyConfig, Point, claimed, points, pretrain_config, study_captions
+from eval_suites.study import CaptionStudyConfig, Point, points, pretrain_config, study_captions
 from eval_suites.study_curves import Result, analyse, headline, over_trainings, scores_by_picture, trend
 from tests.test_pretrain import COLOURS, make_shards
 

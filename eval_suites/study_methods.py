@@ -1,0 +1,315 @@
+"""`clips-llava study methods`: which way of pretraining makes the better tower, at equal pictures and at equal FLOPs?
+
+Arms differ in the method; grids say which of them are trained how often, on which data, and under which budget: as many pictures as
+the others, or as many as the same FLOPs pay for. Trainings of one seed start from the same weights where the arms have the same
+parts, and see the same pictures in the same order for as long as both go on.
+
+Under `out`: points/NAME/, as `clips-llava pretrain` leaves them, methods.json and methods.md. Under `results`: one small JSON a
+training, with all that the tables are made of, picture by picture. Where such a file is there, the training is not run again: the
+folder can be kept under version control, and a study be spread over days and machines.
+"""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic.dataclasses import dataclass
+
+from clips_core.config import FORBID, PretrainConfig, to_dict, what_trains
+from clips_core.errors import InputError
+from clips_core.folders import environment, first_difference, read_json, read_manifest, write_bytes, write_json
+from clips_core.recaption import parse_part
+from eval_suites.comparison import DIRECTIONS, between, p_text, percent, points
+from eval_suites.grid import point_config, train_points
+from eval_suites.page import duration
+from eval_suites.statistics import Difference, Mean, holm, mean_score, paired_difference
+from eval_suites.study import caption_owners
+from eval_suites.study_curves import scores_by_picture
+
+WEIGHTS = "export/open_clip/open_clip_model.safetensors"
+OWN_KEYS = {
+    "out": "each training has a folder under the study's own `out`",
+    "method": "say it in the arms",
+    "seed": "say it in the grids",
+}
+# Where data lies, and no part of what it is: a result holds on another machine too.
+PLACES = (("data", "train"), ("data", "vocab"), ("evaluation", "shards"))
+
+Budget = Literal["pictures", "flops"]
+
+
+@dataclass(config=FORBID)
+class GridConfig:
+    """Every arm of `arms` on every data of `data`, under every budget, with every seed."""
+
+    arms: list[str]
+    seeds: list[int]
+    budgets: list[Budget] = dataclasses.field(default_factory=lambda: ["pictures"])
+    data: list[str] = dataclasses.field(
+        default_factory=lambda: ["own"]
+    )  # names in the study's `data`; own: as `pretrain` has it
+
+
+@dataclass(config=FORBID)
+class MethodStudyConfig:
+    """Arms and grids, and the pretraining that they are laid over."""
+
+    out: Path  # the study's folder; several processes may share it
+    pretrain: dict[str, Any]  # keys of `clips-llava pretrain`; `recipe` names the recipes below them
+    arms: dict[str, dict[str, Any]]  # by name: keys laid over `pretrain`, method among them
+    grids: list[GridConfig]
+    baseline: str  # the arm that every other one is compared with
+    flops_of: str  # the arm whose FLOPs, at pretrain.samples pictures, every arm gets under the budget `flops`
+    data: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # by name: keys laid over `pretrain`
+    results: Path | None = None  # folder of the JSON files, one a training; null: OUT/results
+    part: str | None = None  # i/n: only trainings i, i + n, … of the study; null: all
+
+    def __post_init__(self) -> None:
+        for name in (self.baseline, self.flops_of, *(arm for grid in self.grids for arm in grid.arms)):
+            if name not in self.arms:
+                raise ValueError(f"no arm is called {name!r}; the arms are {', '.join(self.arms)}")
+        for name in (name for grid in self.grids for name in grid.data):
+            if name != "own" and name not in self.data:
+                raise ValueError(f"no data is called {name!r}; besides own there are {', '.join(self.data) or 'none'}")
+        if self.part is not None:
+            parse_part(self.part)
+
+
+class Point(NamedTuple):
+    """One training."""
+
+    arm: str
+    budget: Budget
+    data: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}-{self.budget}-{self.data}-seed{self.seed}"
+
+    def __str__(self) -> str:
+        data = "" if self.data == "own" else f", data {self.data}"
+        return f"{self.arm}, equal {self.budget}{data}, seed {self.seed}"
+
+
+def study_methods(config: MethodStudyConfig) -> Path:
+    """Do every training of this process's part that has no result, and write down what is known.
+
+    Returns:
+        `config.out`.
+
+    Raises:
+        InputError: before the first training, if an arm's settings are wrong, there is nothing to evaluate on, or a result was made
+            with other settings; later, as `clips_core.train.pretrain`.
+    """
+    base = {arm: _config(config, Point(arm, "pictures", "own", 0)) for arm in config.arms}
+    for run in base.values():
+        if run.evaluation.shards is None:
+            raise InputError("pretrain.evaluation.shards: name the held-out pictures that the arms are compared on")
+    samples = _samples(config, base)
+    runs = {}
+    for point in training_order(config):
+        run = _config(config, point)
+        runs[point] = dataclasses.replace(run, samples=samples[point.arm]) if point.budget == "flops" else run
+    results = config.results or config.out / "results"
+
+    def is_done(point: Point) -> bool:
+        path = results / f"{point.name}.json"
+        if not path.is_file():
+            return False
+        difference = first_difference(read_json(path)["settings"], _identity(runs[point]), "settings")
+        if difference is not None:
+            raise InputError(f"{path} was made with other settings ({difference}); delete it or name another folder")
+        return True
+
+    def write_results() -> None:
+        for point, run in runs.items():
+            if (run.out / "manifest.json").is_file() and not is_done(point):
+                write_bytes(results / f"{point.name}.json", json.dumps(result(point, run)).encode())
+
+    def conclude() -> None:
+        write_results()
+        done = [read_json(results / f"{point.name}.json") for point in runs if is_done(point)]
+        if done:
+            study = analyse(done, config.baseline, config.flops_of)
+            write_json(config.out / "methods.json", {"config": to_dict(config), **study, "environment": environment()})
+            write_bytes(config.out / "methods.md", tables(study).encode())
+            print(
+                f"\n{tables(study)}\n{len(done)} of {len(runs)} trainings are done. The tables: {config.out / 'methods.md'}"
+            )
+
+    train_points(config.out, runs, config.part, is_done, write_results, write_results, conclude)
+    return config.out
+
+
+# --- the grid -------------------------------------------------------------------------------------------------------
+
+
+def training_order(config: MethodStudyConfig) -> list[Point]:
+    """Every training once: all first seeds, then all second ones, so that an unfinished study is a smaller whole one.
+
+    The arm whose FLOPs are everybody's has one training for both budgets.
+    """
+    found = {
+        Point(arm, "pictures" if arm == config.flops_of else budget, data, seed)
+        for grid in config.grids
+        for arm, budget, data, seed in itertools.product(grid.arms, grid.budgets, grid.data, grid.seeds)
+    }
+    arms, data = list(config.arms), ["own", *config.data]
+    return sorted(found, key=lambda p: (p.seed, data.index(p.data), p.budget == "flops", arms.index(p.arm)))
+
+
+def _config(config: MethodStudyConfig, point: Point) -> PretrainConfig:
+    own: dict[str, Any] = {}
+    for layer in (config.data.get(point.data, {}), config.arms[point.arm]):
+        _lay_over(own, layer)
+    own |= {"out": str(config.out / "points" / point.name), "seed": point.seed}
+    return point_config(config.pretrain, own, OWN_KEYS)
+
+
+def _lay_over(values: dict[str, Any], layer: Mapping[str, Any]) -> None:
+    for key, value in layer.items():
+        if isinstance(value, Mapping) and isinstance(values.get(key), dict):
+            _lay_over(values[key], value)
+        else:
+            values[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _samples(config: MethodStudyConfig, base: Mapping[str, PretrainConfig]) -> dict[str, int]:
+    """By arm, how many pictures the FLOPs of `flops_of` pay for: whole batches, counted as training counts its FLOPs."""
+    if not any("flops" in grid.budgets for grid in config.grids):
+        return {}
+    cost = {arm: _flops_per_sample(run) for arm, run in base.items()}
+    paid = base[config.flops_of].samples * cost[config.flops_of]
+    return {arm: max(1, round(paid / cost[arm] / run.batch_size)) * run.batch_size for arm, run in base.items()}
+
+
+def _flops_per_sample(run: PretrainConfig) -> float:
+    from clips_core.model import CLIPS
+    from clips_core.train import flops_per_sample, open_data
+
+    _, dataset = open_data(run)
+    return flops_per_sample(CLIPS(run.model), dataset, run)
+
+
+# --- one training's result ------------------------------------------------------------------------------------------
+
+
+def _identity(run: PretrainConfig) -> dict[str, Any]:
+    """The settings that make a training what it is, without where its data lies."""
+    settings = what_trains(run)
+    for section, key in PLACES:
+        settings[section] = {name: value for name, value in settings[section].items() if name != key}
+    return settings
+
+
+def result(point: Point, run: PretrainConfig) -> dict[str, Any]:
+    """What is kept of a finished training: settings, cost, and R@1 of every held-out picture.
+
+    Raises:
+        InputError: if its folder is another stage's, or holds no evaluation.
+    """
+    manifest, zero_shot = read_manifest(run.out, "pretrain"), read_json(run.out / "zero_shot.json")
+    outputs = manifest["outputs"]
+    scores = scores_by_picture(zero_shot["ranks"], caption_owners(zero_shot, run))
+    return {
+        "point": point.name,
+        **point._asdict(),
+        "settings": _identity(run),
+        "inputs": manifest["inputs"],
+        "weights": manifest["weights"][WEIGHTS],
+        **{name: outputs[name] for name in ("samples", "parameters", "flops_per_sample", "seconds")},
+        **{name: zero_shot[name] for name in ("n", "captions", "chance", *DIRECTIONS)},
+        "scores": {way: scores[way].tolist() for way in DIRECTIONS},
+        "environment": manifest["environment"],
+        "finished": manifest["finished"],
+    }
+
+
+# --- all results ----------------------------------------------------------------------------------------------------
+
+
+def analyse(results: Sequence[Mapping[str, Any]], baseline: str, flops_of: str) -> dict[str, Any]:
+    """R@1 of each arm with intervals over trainings and pictures, and paired differences to the baseline.
+
+    A difference takes the seeds that both have. Holm's adjustment is over all differences of one budget and data: they are
+    secondary to none, so every one must stand for itself.
+    """
+    rows: list[dict[str, Any]] = []
+    for (budget, data), group in _conditions(results, flops_of):
+        by_arm = {arm: _by_seed(group, arm) for arm in dict.fromkeys(row["arm"] for row in group)}
+        compared: list[tuple[dict[str, Any], Difference]] = []
+        for arm, by_seed in by_arm.items():
+            scores = np.stack([hits(row) for row in by_seed.values()])
+            row = {
+                "budget": budget, "data": data, "arm": arm, "seeds": list(by_seed),
+                "samples": next(iter(by_seed.values()))["samples"],
+                "flops": float(np.mean([own["samples"] * own["flops_per_sample"] for own in by_seed.values()])),
+                "seconds": float(np.mean([own["seconds"] for own in by_seed.values()])),
+                "recall": mean_score(scores, range(scores.shape[-1])),
+                **{way: float(np.mean([own[way]["R@1"] for own in by_seed.values()])) for way in DIRECTIONS},
+                "difference": None,
+            }  # fmt: skip
+            rows.append(row)
+            shared = sorted(set(by_seed) & set(by_arm.get(baseline, {})))
+            if arm != baseline and shared:
+                a, b = (np.stack([hits(by_arm[name][seed]) for seed in shared]) for name in (arm, baseline))
+                compared.append((row, paired_difference(a, b, range(a.shape[-1]))))
+        adjusted = holm([difference.p_value for _, difference in compared])
+        for (row, difference), p_value in zip(compared, adjusted, strict=True):
+            row["difference"] = {**dataclasses.asdict(difference), "adjusted_p": p_value}
+    return {"baseline": baseline, "rows": [{**row, "recall": dataclasses.asdict(row["recall"])} for row in rows]}
+
+
+def _conditions(
+    results: Sequence[Mapping[str, Any]], flops_of: str
+) -> Iterator[tuple[tuple[str, str], list[Mapping[str, Any]]]]:
+    """Results by budget and data. The arm whose FLOPs are everybody's stands under both budgets: it was trained once for them."""
+    for budget, data in dict.fromkeys((row["budget"], row["data"]) for row in results):
+        yield (
+            (budget, data),
+            [row for row in results if row["data"] == data and (row["budget"] == budget or row["arm"] == flops_of)],
+        )
+
+
+def _by_seed(group: Sequence[Mapping[str, Any]], arm: str) -> dict[int, Mapping[str, Any]]:
+    return {row["seed"]: row for row in sorted(group, key=lambda row: row["seed"]) if row["arm"] == arm}
+
+
+def hits(row: Mapping[str, Any]) -> NDArray[np.float64]:
+    """R@1 of every held-out picture, mean of both ways, [N]."""
+    return np.mean([row["scores"][way] for way in DIRECTIONS], axis=0)
+
+
+COLUMNS = ("arm", "trainings", "pictures seen", "PFLOP", "time", "R@1, mean of both ways", "→ caption", "→ picture")
+
+
+def tables(study: Mapping[str, Any]) -> str:
+    """Markdown: a table for each budget and data."""
+    parts = []
+    for (budget, data), group in itertools.groupby(study["rows"], lambda row: (row["budget"], row["data"])):
+        rows = [[*COLUMNS, f"− {study['baseline']}"], ["---"] * (len(COLUMNS) + 1), *map(_cells, group)]
+        title = f"Equal {budget}{'' if data == 'own' else f', data {data}'}:"
+        parts.append("\n".join([title, "", *(f"| {' | '.join(cells)} |" for cells in rows)]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    recall, found = Mean(**row["recall"]), row["difference"]
+    return [
+        row["arm"],
+        str(len(row["seeds"])),
+        f"{row['samples']:,}",
+        f"{row['flops'] / 1e15:.3g}",
+        duration(row["seconds"]),
+        f"{percent(recall.value)} % {between(recall.interval, signed=False)}",
+        *(f"{percent(row[way])} %" for way in DIRECTIONS),
+        ""
+        if found is None
+        else f"{points(found['difference'])} {between(found['interval'])}, p {p_text(found['adjusted_p'])}",
+    ]

@@ -1,0 +1,362 @@
+"""`clips-llava study towers`: which tower makes the better LLaVA?
+
+For every tower and seed: stage 1, stage 2, benchmarks; then the comparison. Everything but the tower is held the same, by
+construction: all trainings of a seed take their settings from the same keys, see the same data in the same order and start from the
+same projector where the towers' widths agree. With one tower it is the swap.
+
+Every step is a command of its own that a reader could have typed (`dry_run` prints them all), goes on where it was
+interrupted, and is passed over once it is finished. They run one after another, or as SLURM jobs, one for each tower and seed.
+
+    OUT/NAME/seed0/{align,tune,eval/real,…}    OUT/NAME/tower -> the pretraining run, where the tower has one
+    OUT/report.html, report.json               after every seed that all towers have
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic.dataclasses import dataclass
+
+import eval_suites
+import llava_bridge
+from clips_core.config import FORBID, load_config, recipe_path, to_dict
+from clips_core.errors import InputError, Stopped
+from clips_core.folders import MANIFEST, first_difference, read_json, write_bytes, write_json
+from eval_suites.benchmarks import EvalConfig
+from eval_suites.grid import claimed, leaves
+from eval_suites.records import entries_of
+from llava_bridge.config import AlignConfig, TuneConfig
+
+SETTINGS = "settings.json"  # of a study's folder: what its trainings have in common
+# Keys that the study sets itself, and where to say so instead.
+OWN_KEYS = {
+    "out": "each training has a folder under the study's own `out`",
+    "tower": "say it in towers",
+    "align": "stage 2 goes on from the study's own stage 1",
+    "model": "the benchmarks are answered by the study's own models",
+    "seed": "say it in seeds",
+}
+
+
+@dataclass(config=FORBID)
+class TowerStudyConfig:
+    """Towers, and the one recipe that they are all put through."""
+
+    out: Path  # the study's folder
+    towers: dict[str, str]  # by name: the tower spec, such as clips:runs/clips
+    # Keys of `clips-llava align`, `tune` and `eval run`; `recipe` names the recipes that they are laid over.
+    align: dict[str, Any]
+    tune: dict[str, Any]
+    evaluate: dict[str, Any]
+    seeds: list[int] = dataclasses.field(
+        default_factory=lambda: [0]
+    )  # trainings of each tower; from 3 on about recipes
+    # By tower: keys of `clips-llava align` that are the tower's own nature, such as {siglip: {image_size: 384}}.
+    own: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    gpus: int = 1  # of this machine, that stages 1 and 2 run on
+    # Options of sbatch, such as '--partition=gpu --gpus=8 --time=24:00:00': each tower and seed becomes a job. null: here and now.
+    sbatch: str | None = None
+    dry_run: bool = False  # print the commands and stop
+
+    def __post_init__(self) -> None:
+        if not self.towers or not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("towers and seeds must name at least one, and each seed once")
+        for name in self.towers:
+            if not name or not all(sign.isalnum() or sign in "-_." for sign in name) or name.startswith("."):
+                raise ValueError(f"towers: {name!r} becomes a folder: letters, digits, - _ . only")
+        for name in self.own:
+            if name not in self.towers:
+                raise ValueError(f"own: no tower is called {name!r}; the towers are {', '.join(self.towers)}")
+
+
+def overrides(
+    towers: Sequence[str] | None, llm: str | None, seeds: int | None, image_mode: str | None, dry_run: bool
+) -> list[str]:
+    """The command line's options as `key=value`. A tower without a name is called by the last word of its spec.
+
+    Raises:
+        InputError: if two towers would have one name.
+    """
+    named: dict[str, str] = {}
+    for given in towers or ():
+        name, separator, spec = given.partition("=")
+        if not separator:
+            name, spec = re.sub(r"[^\w.-]+", "-", re.split(r"[/:]", given.rstrip("/"))[-1]).strip("-."), given
+        if name in named:
+            raise InputError(f"--towers: {named[name]} and {spec} would both be called {name!r}; write NAME=SPEC")
+        named[name] = spec
+    said = {
+        "towers": named or None,
+        "align.llm": llm,
+        "seeds": seeds and list(range(seeds)),
+        "align.image_mode": image_mode,
+    }
+    return [
+        f"{key}={json.dumps(value)}"
+        for key, value in (said | {"dry_run": dry_run or None}).items()
+        if value is not None
+    ]
+
+
+class Training(NamedTuple):
+    """One LLaVA of the study."""
+
+    tower: str
+    seed: int
+
+
+class Command(NamedTuple):
+    """A step of a training, and the file that is there once it is finished."""
+
+    words: list[str]
+    finished: Path
+
+    def __str__(self) -> str:
+        return shlex.join(self.words)
+
+
+def study_towers(config: TowerStudyConfig) -> Path:
+    """Do every step that is not finished, and compare the towers. Several processes may share `out`.
+
+    Returns:
+        `config.out`.
+
+    Raises:
+        InputError: before the first training, if settings are wrong, or `out` holds a study with others; later, if a step fails,
+            naming its command.
+        Stopped: if a step was stopped by SIGTERM, its state saved.
+    """
+    steps = {training: commands(config, training) for training in trainings(config)}
+    if config.dry_run:
+        for of_training in steps.values():
+            print("\n".join(map(str, of_training)))
+        print(_compare_command(config))
+        return config.out
+    _agree_on_settings(config)
+    if config.sbatch is not None:
+        _submit(config, steps)
+        return config.out
+    for number, (training, of_training) in enumerate(steps.items(), start=1):
+        folder = config.out / training.tower / f"seed{training.seed}"
+        with claimed(folder) as ours:
+            if not ours:
+                print(
+                    f"[{number}/{len(steps)}] {training.tower}, seed {training.seed}: another process has it",
+                    flush=True,
+                )
+                continue
+            for step in of_training:
+                if not step.finished.exists():
+                    print(f"\n[{number}/{len(steps)}] {training.tower}, seed {training.seed}\n$ {step}", flush=True)
+                    run_step(step)
+        compare_finished(config)
+    missing = [
+        training for training, of_training in steps.items() if not all(step.finished.exists() for step in of_training)
+    ]
+    if missing:
+        print(
+            f"{len(missing)} of {len(steps)} trainings are not finished; another process has them, or run the same command again"
+        )
+    return config.out
+
+
+# --- what is to be done ---------------------------------------------------------------------------------------------
+
+
+def trainings(config: TowerStudyConfig) -> list[Training]:
+    """All towers with the first seed, then with the next: an unfinished study is a smaller whole one."""
+    return [Training(tower, seed) for seed in config.seeds for tower in config.towers]
+
+
+def commands(config: TowerStudyConfig, training: Training) -> list[Command]:
+    """Stage 1, stage 2 and benchmarks of one LLaVA.
+
+    Raises:
+        InputError: if a key is unknown, wrong, or the study's own.
+    """
+    folder, spec = config.out / training.tower / f"seed{training.seed}", config.towers[training.tower]
+    align, tune = folder / "align", folder / "tune"
+    seeded = {"tower": spec, "seed": training.seed}
+    own = config.own.get(training.tower, {})
+    start = [sys.executable]
+    if config.gpus > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.gpus)]
+    bridge, suites = Path(llava_bridge.__file__).parent, Path(str(eval_suites.__file__)).parent
+    stages = [
+        ("align", start, AlignConfig, bridge, config.align, {**own, **seeded, "out": str(align)}, align),
+        ("tune", start, TuneConfig, bridge, config.tune, {**seeded, "align": str(align), "out": str(tune)}, tune),
+        ("evaluate", [sys.executable], EvalConfig, suites, config.evaluate,
+         {"model": str(tune / "model"), "out": str(folder / "eval")}, None),
+    ]  # fmt: skip
+    found = []
+    for key, launcher, kind, package, values, own_values, run in stages:
+        recipes, settings = _settings(key, values, own_values)
+        try:
+            loaded = load_config(kind, [recipe_path(package, name) for name in recipes], settings)
+        except InputError as error:
+            raise InputError(f"{key}: {error}") from None
+        stage = ["eval", "run"] if key == "evaluate" else [key]
+        last = run or folder / "eval" / loaded.pictures[-1]  # pictures are answered in their order
+        found.append(Command([*launcher, "-m", "eval_suites.cli", *stage, *recipes, *settings], last / MANIFEST))
+    return found
+
+
+def _settings(key: str, values: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Recipes and `key=value` overrides of a stage."""
+    values = dict(values)
+    for name, instead in OWN_KEYS.items():
+        if name in values:
+            raise InputError(f"{key}.{name}: the study sets it; {instead}")
+    recipes = values.pop("recipe", [])
+    recipes = [recipes] if isinstance(recipes, str) else recipes
+    if not isinstance(recipes, list) or not all(isinstance(name, str) for name in recipes):
+        raise InputError(f"{key}.recipe: must be the name or path of a recipe, or a list of them, not {recipes!r}")
+    return recipes, [f"{name}={_written(value)}" for layer in (values, own) for name, value in leaves(layer)]
+
+
+def _written(value: Any) -> str:
+    """A value as one would type it: a path or spec as it is, all else as JSON."""
+    return value if isinstance(value, str) and re.fullmatch(r"[\w.:@+-]*/[\w./:@+-]*", value) else json.dumps(value)
+
+
+# --- doing it -------------------------------------------------------------------------------------------------------
+
+
+def _agree_on_settings(config: TowerStudyConfig) -> None:
+    """Write down the recipe, or compare it with that of an earlier run. More towers and more seeds may be added."""
+    settings = {name: to_dict(config)[name] for name in ("align", "tune", "evaluate")}
+    with claimed(config.out, wait=True):
+        path = config.out / SETTINGS
+        if not path.exists():
+            write_json(path, settings)
+        difference = first_difference(read_json(path), settings)
+    if difference is not None:
+        raise InputError(
+            f"{config.out} holds a study with another recipe ({difference}); choose another out or delete it"
+        )
+    for name, spec in config.towers.items():
+        _link_tower(config.out / name, spec)
+
+
+def _link_tower(folder: Path, spec: str) -> None:
+    """Write down a tower's spec. Where that is a pretraining run, point to it: its cost and retrieval belong to the comparison."""
+    folder.mkdir(parents=True, exist_ok=True)
+    said = folder / "tower.txt"
+    if said.is_file() and said.read_text(encoding="utf-8") != spec:
+        raise InputError(
+            f"{folder}: holds the tower {said.read_text(encoding='utf-8')}, not {spec}; give one of them another name"
+        )
+    write_bytes(said, spec.encode())
+    kind, _, place = spec.partition(":")
+    if kind == "clips" and (Path(place) / MANIFEST).is_file() and not (folder / "tower").exists():
+        (folder / "tower").unlink(missing_ok=True)  # of a run that has moved
+        (folder / "tower").symlink_to(Path(place).resolve(), target_is_directory=True)
+
+
+def run_step(step: Command) -> None:
+    """Run a command to its end. Ctrl-C reaches it first: it saves, and so do we go.
+
+    Raises:
+        KeyboardInterrupt, Stopped: as it was told.
+        InputError: if it fails. Why has been printed.
+    """
+    process = subprocess.Popen(step.words)
+    before = signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))  # a scheduler tells us alone
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:  # of the terminal, which tells both
+        process.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if status in (75, -signal.SIGTERM):
+        raise Stopped("a step was told to stop; run the same command to go on from its last checkpoint")
+    if status in (130, -signal.SIGINT):
+        raise KeyboardInterrupt
+    if status:
+        raise InputError(f"a step of the study failed with exit status {status} (its message stands above): {step}")
+    if not step.finished.exists():
+        raise InputError(f"a step of the study ended, but wrote no {step.finished}: {step}")
+
+
+def compare_finished(config: TowerStudyConfig) -> None:
+    """The report over the seeds that all towers have; with one tower there is nothing to compare."""
+    entries = {name: {entry.seed: entry for entry in entries_of(config.out / name)} for name in config.towers}
+    asked = _evaluation(config)
+    done = {
+        name: {
+            seed
+            for seed in own
+            if all((own[seed].real.parent / pictures / MANIFEST).is_file() for pictures in asked.pictures)
+        }
+        for name, own in entries.items()
+    }
+    shared = [seed for seed in config.seeds if all(seed in seeds for seeds in done.values())]
+    if len(config.towers) < 2 or not shared:
+        return
+    from eval_suites.report import compare
+
+    compare([entries[name][seed] for name in config.towers for seed in shared], config.out, asked.data)
+
+
+def _evaluation(config: TowerStudyConfig) -> EvalConfig:
+    """What all models are asked, whichever it is."""
+    recipes, settings = _settings("evaluate", config.evaluate, {"model": "-", "out": "-"})
+    package = Path(str(eval_suites.__file__)).parent
+    return load_config(EvalConfig, [recipe_path(package, name) for name in recipes], settings)
+
+
+def _compare_command(config: TowerStudyConfig) -> str:
+    folders = [str(config.out / name) for name in config.towers]
+    start = [sys.executable, "-m", "eval_suites.cli", "compare"]
+    return shlex.join([*start, *folders, "--data", str(_evaluation(config).data), "--out", str(config.out)])
+
+
+# --- SLURM ----------------------------------------------------------------------------------------------------------
+
+
+def _submit(config: TowerStudyConfig, steps: Mapping[Training, Sequence[Command]]) -> None:
+    """A job for each tower and seed that is not finished, and one that compares once all of them have succeeded."""
+    jobs = []
+    for training, of_training in steps.items():
+        todo = [step for step in of_training if not step.finished.exists()]
+        if todo:
+            name = f"{training.tower}-seed{training.seed}"
+            jobs.append(_sbatch(config, name, [str(step) for step in todo], []))
+    after = [f"--dependency=afterok:{':'.join(jobs)}"] if jobs else []
+    last = _sbatch(config, "compare", [_compare_command(config)], after) if len(config.towers) > 1 else None
+    print(f"submitted {len(jobs)} trainings{f' and the comparison, job {last}' if last else ''}: {', '.join(jobs)}")
+
+
+def _sbatch(config: TowerStudyConfig, name: str, lines: Sequence[str], options: Sequence[str]) -> str:
+    """Submit a script; returns the job's number."""
+    script = config.out / "jobs" / f"{name}.sh"
+    script.parent.mkdir(parents=True, exist_ok=True)
+    script.write_text(
+        "\n".join(["#!/usr/bin/env bash", "set -euo pipefail", f"cd {shlex.quote(os.getcwd())}", *lines]) + "\n"
+    )
+    log = f"--output={config.out / 'jobs' / name}-%j.out"
+    words = [
+        "sbatch",
+        "--parsable",
+        f"--job-name={name}",
+        log,
+        *shlex.split(config.sbatch or ""),
+        *options,
+        str(script),
+    ]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+    except FileNotFoundError:
+        raise InputError("sbatch: not found here; submit on a machine of the cluster, or leave sbatch out") from None
+    except subprocess.CalledProcessError as error:
+        raise InputError(f"sbatch refused {script}: {error.stderr.strip()}") from None
+    return done.stdout.strip().partition(";")[0]
