@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -41,6 +42,24 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, wait: bool = False) -> Iterator[bool]:
+    """Whether `folder` is ours within, and no other process's. The claim ends with the process, however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:  # a file system without locks: nothing keeps the processes apart
+            pass
+        yield True
+    finally:
+        os.close(file)
 
 
 def write_bytes(path: Path | str, data: bytes) -> None:

@@ -99,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     actions = evaluate.add_subparsers(metavar="ACTION", required=True)
     _configured(actions, "run", "answer a suite through lmms-eval's own task code", _eval_run)
 
+    _configured(actions, "loss", "a LLaVA's loss on conversations that it was not trained on", _eval_loss)
     _configured(actions, "tower", "SPEC … SUITE …: zero-shot, retrieval, linear probe and kNN of towers", _eval_tower)
 
     compare = stages.add_parser(
@@ -320,6 +321,13 @@ def _eval_run(args: argparse.Namespace) -> None:
     from eval_suites.benchmarks import EvalConfig, run_suite
 
     run_suite(_config(EvalConfig, args, eval_suites))
+
+
+def _eval_loss(args: argparse.Namespace) -> None:
+    import llava_bridge
+    from llava_bridge.held_out import HeldOutConfig, held_out_loss
+
+    held_out_loss(_config(HeldOutConfig, args, llava_bridge))
 
 
 def _eval_tower(args: argparse.Namespace) -> None:

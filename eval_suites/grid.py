@@ -5,9 +5,7 @@ process has claimed. Under torchrun, all processes of a launch train each point 
 """
 
 import contextlib
-import fcntl
 import json
-import os
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +13,7 @@ from typing import Any, TypeVar
 import clips_core
 from clips_core.config import PretrainConfig, load_config, recipe_path
 from clips_core.errors import InputError
-from clips_core.folders import MANIFEST, write_bytes
+from clips_core.folders import MANIFEST, claimed, write_bytes
 from clips_core.recaption import parse_part
 from eval_suites.demo import Clock, with_clock
 from eval_suites.page import duration
@@ -110,24 +108,6 @@ def train_points(
 
 def is_finished(run: PretrainConfig) -> bool:
     return (run.out / MANIFEST).is_file()
-
-
-@contextlib.contextmanager
-def claimed(folder: Path, wait: bool = False) -> Iterator[bool]:
-    """Whether `folder` is ours within, and no other process's. The claim ends with the process, however that ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        except OSError:  # a file system without locks: `part` alone keeps the processes apart
-            pass
-        yield True
-    finally:
-        os.close(file)
 
 
 def _share_index(run: PretrainConfig, runs: Mapping[P, PretrainConfig]) -> None:

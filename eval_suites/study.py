@@ -26,11 +26,11 @@ from rich.text import Text
 
 from clips_core.config import FORBID, PretrainConfig, Strategy, to_dict, what_trains
 from clips_core.errors import InputError
-from clips_core.folders import first_difference, read_json, read_manifest, write_bytes, write_json
+from clips_core.folders import claimed, first_difference, read_json, read_manifest, write_bytes, write_json
 from clips_core.recaption import parse_part
 from eval_suites import study_page
 from eval_suites.comparison import between, percent
-from eval_suites.grid import claimed, is_finished, point_config, train_points
+from eval_suites.grid import is_finished, point_config, train_points
 from eval_suites.study_curves import LABELS, MEASURES, Result, Study, analyse, scores_by_picture, tokens
 
 SETTINGS = "settings.json"  # of a study's folder: what all of its points have in common

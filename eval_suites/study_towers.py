@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,22 +27,15 @@ from pydantic.dataclasses import dataclass
 import eval_suites
 import llava_bridge
 from clips_core.config import FORBID, load_config, recipe_path, to_dict
-from clips_core.errors import InputError, Stopped
-from clips_core.folders import MANIFEST, first_difference, read_json, write_bytes, write_json
+from clips_core.errors import InputError
+from clips_core.folders import MANIFEST, claimed, first_difference, read_json, write_bytes, write_json
 from eval_suites.benchmarks import EvalConfig
-from eval_suites.grid import claimed, leaves
 from eval_suites.records import entries_of
+from eval_suites.steps import Command, launcher, run_step, settings_of
+from eval_suites.sweep import SweepConfig, best_rate, trials
 from llava_bridge.config import AlignConfig, TuneConfig
 
 SETTINGS = "settings.json"  # of a study's folder: what its trainings have in common
-# Keys that the study sets itself, and where to say so instead.
-OWN_KEYS = {
-    "out": "each training has a folder under the study's own `out`",
-    "tower": "say it in towers",
-    "align": "stage 2 goes on from the study's own stage 1",
-    "model": "the benchmarks are answered by the study's own models",
-    "seed": "say it in seeds",
-}
 
 
 @dataclass(config=FORBID)
@@ -61,6 +53,7 @@ class TowerStudyConfig:
     )  # trainings of each tower; from 3 on about recipes
     # By tower: keys of `clips-llava align` that are the tower's own nature, such as {siglip: {image_size: 384}}.
     own: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    sweep: SweepConfig | None = None  # of stage 1's learning rate; null: every tower is trained at align.learning_rate
     gpus: int = 1  # of this machine, that stages 1 and 2 run on
     # Options of sbatch, such as '--partition=gpu --gpus=8 --time=24:00:00': each tower and seed becomes a job. null: here and now.
     sbatch: str | None = None
@@ -72,6 +65,10 @@ class TowerStudyConfig:
         for name in self.towers:
             if not name or not all(sign.isalnum() or sign in "-_." for sign in name) or name.startswith("."):
                 raise ValueError(f"towers: {name!r} becomes a folder: letters, digits, - _ . only")
+        if self.sweep is not None and self.sbatch is not None:
+            raise ValueError(
+                "sweep and sbatch do not go together: run the sweep first (seeds=[0]), then submit with align.learning_rate"
+            )
         for name in self.own:
             if name not in self.towers:
                 raise ValueError(f"own: no tower is called {name!r}; the towers are {', '.join(self.towers)}")
@@ -113,16 +110,6 @@ class Training(NamedTuple):
     seed: int
 
 
-class Command(NamedTuple):
-    """A step of a training, and the file that is there once it is finished."""
-
-    words: list[str]
-    finished: Path
-
-    def __str__(self) -> str:
-        return shlex.join(self.words)
-
-
 def study_towers(config: TowerStudyConfig) -> Path:
     """Do every step that is not finished, and compare the towers. Several processes may share `out`.
 
@@ -136,6 +123,8 @@ def study_towers(config: TowerStudyConfig) -> Path:
     """
     steps = {training: commands(config, training) for training in trainings(config)}
     if config.dry_run:
+        for tower in config.towers if config.sweep else ():
+            print("\n".join(str(step) for trial in trials(*swept(config, tower)).values() for step in trial))
         for of_training in steps.values():
             print("\n".join(map(str, of_training)))
         print(_compare_command(config))
@@ -144,6 +133,9 @@ def study_towers(config: TowerStudyConfig) -> Path:
     if config.sbatch is not None:
         _submit(config, steps)
         return config.out
+    if config.sweep is not None:
+        rates = {tower: best_rate(*swept(config, tower)) for tower in config.towers}
+        steps = {training: commands(config, training, rates[training.tower]) for training in steps}
     for number, (training, of_training) in enumerate(steps.items(), start=1):
         folder = config.out / training.tower / f"seed{training.seed}"
         with claimed(folder) as ours:
@@ -176,8 +168,11 @@ def trainings(config: TowerStudyConfig) -> list[Training]:
     return [Training(tower, seed) for seed in config.seeds for tower in config.towers]
 
 
-def commands(config: TowerStudyConfig, training: Training) -> list[Command]:
+def commands(config: TowerStudyConfig, training: Training, learning_rate: float | None = None) -> list[Command]:
     """Stage 1, stage 2 and benchmarks of one LLaVA.
+
+    Args:
+        learning_rate: of stage 1, as the tower's sweep has found it; None: the recipe's.
 
     Raises:
         InputError: if a key is unknown, wrong, or the study's own.
@@ -185,10 +180,10 @@ def commands(config: TowerStudyConfig, training: Training) -> list[Command]:
     folder, spec = config.out / training.tower / f"seed{training.seed}", config.towers[training.tower]
     align, tune = folder / "align", folder / "tune"
     seeded = {"tower": spec, "seed": training.seed}
-    own = config.own.get(training.tower, {})
-    start = [sys.executable]
-    if config.gpus > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.gpus)]
+    own = dict(config.own.get(training.tower, {}))
+    if learning_rate is not None:
+        own["learning_rate"] = learning_rate
+    start = launcher(config.gpus)
     bridge, suites = Path(llava_bridge.__file__).parent, Path(str(eval_suites.__file__)).parent
     stages = [
         ("align", start, AlignConfig, bridge, config.align, {**own, **seeded, "out": str(align)}, align),
@@ -197,34 +192,23 @@ def commands(config: TowerStudyConfig, training: Training) -> list[Command]:
          {"model": str(tune / "model"), "out": str(folder / "eval")}, None),
     ]  # fmt: skip
     found = []
-    for key, launcher, kind, package, values, own_values, run in stages:
-        recipes, settings = _settings(key, values, own_values)
+    for key, starter, kind, package, values, own_values, run in stages:
+        recipes, settings = settings_of(key, values, own_values)
         try:
             loaded = load_config(kind, [recipe_path(package, name) for name in recipes], settings)
         except InputError as error:
             raise InputError(f"{key}: {error}") from None
         stage = ["eval", "run"] if key == "evaluate" else [key]
         last = run or folder / "eval" / loaded.pictures[-1]  # pictures are answered in their order
-        found.append(Command([*launcher, "-m", "eval_suites.cli", *stage, *recipes, *settings], last / MANIFEST))
+        found.append(Command([*starter, "-m", "eval_suites.cli", *stage, *recipes, *settings], last / MANIFEST))
     return found
 
 
-def _settings(key: str, values: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Recipes and `key=value` overrides of a stage."""
-    values = dict(values)
-    for name, instead in OWN_KEYS.items():
-        if name in values:
-            raise InputError(f"{key}.{name}: the study sets it; {instead}")
-    recipes = values.pop("recipe", [])
-    recipes = [recipes] if isinstance(recipes, str) else recipes
-    if not isinstance(recipes, list) or not all(isinstance(name, str) for name in recipes):
-        raise InputError(f"{key}.recipe: must be the name or path of a recipe, or a list of them, not {recipes!r}")
-    return recipes, [f"{name}={_written(value)}" for layer in (values, own) for name, value in leaves(layer)]
-
-
-def _written(value: Any) -> str:
-    """A value as one would type it: a path or spec as it is, all else as JSON."""
-    return value if isinstance(value, str) and re.fullmatch(r"[\w.:@+-]*/[\w./:@+-]*", value) else json.dumps(value)
+def swept(config: TowerStudyConfig, tower: str) -> tuple[SweepConfig, dict[str, Any], dict[str, Any], Path, str, int]:
+    """What a tower's sweep takes (see `eval_suites.sweep.trials`)."""
+    assert config.sweep is not None
+    own = {**config.own.get(tower, {}), "tower": config.towers[tower], "seed": config.seeds[0]}
+    return config.sweep, config.align, own, config.out, tower, config.gpus
 
 
 # --- doing it -------------------------------------------------------------------------------------------------------
@@ -261,32 +245,6 @@ def _link_tower(folder: Path, spec: str) -> None:
         (folder / "tower").symlink_to(Path(place).resolve(), target_is_directory=True)
 
 
-def run_step(step: Command) -> None:
-    """Run a command to its end. Ctrl-C reaches it first: it saves, and so do we go.
-
-    Raises:
-        KeyboardInterrupt, Stopped: as it was told.
-        InputError: if it fails. Why has been printed.
-    """
-    process = subprocess.Popen(step.words)
-    before = signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))  # a scheduler tells us alone
-    try:
-        status = process.wait()
-    except KeyboardInterrupt:  # of the terminal, which tells both
-        process.wait()
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if status in (75, -signal.SIGTERM):
-        raise Stopped("a step was told to stop; run the same command to go on from its last checkpoint")
-    if status in (130, -signal.SIGINT):
-        raise KeyboardInterrupt
-    if status:
-        raise InputError(f"a step of the study failed with exit status {status} (its message stands above): {step}")
-    if not step.finished.exists():
-        raise InputError(f"a step of the study ended, but wrote no {step.finished}: {step}")
-
-
 def compare_finished(config: TowerStudyConfig) -> None:
     """The report over the seeds that all towers have; with one tower there is nothing to compare."""
     entries = {name: {entry.seed: entry for entry in entries_of(config.out / name)} for name in config.towers}
@@ -304,12 +262,17 @@ def compare_finished(config: TowerStudyConfig) -> None:
         return
     from eval_suites.report import compare
 
-    compare([entries[name][seed] for name in config.towers for seed in shared], config.out, asked.data)
+    compare(
+        [entries[name][seed] for name in config.towers for seed in shared],
+        config.out,
+        asked.data,
+        waived=["align.learning_rate"] if config.sweep else [],
+    )
 
 
 def _evaluation(config: TowerStudyConfig) -> EvalConfig:
     """What all models are asked, whichever it is."""
-    recipes, settings = _settings("evaluate", config.evaluate, {"model": "-", "out": "-"})
+    recipes, settings = settings_of("evaluate", config.evaluate, {"model": "-", "out": "-"})
     package = Path(str(eval_suites.__file__)).parent
     return load_config(EvalConfig, [recipe_path(package, name) for name in recipes], settings)
 

@@ -8,7 +8,7 @@ its order, part by part, to one process after the other.
 
 import heapq
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,20 +19,25 @@ from transformers import LlavaNextProcessor, LlavaProcessor, PreTrainedModel
 from clips_core.errors import InputError
 from clips_core.images import open_image
 from llava_bridge.config import Group
-from llava_bridge.conversations import IGNORE, Sample
+from llava_bridge.conversations import IGNORE, Conversation, Sample
 
 
 class SampleDataset(torch.utils.data.Dataset[Sample]):
-    """The samples of a whole training, in the order in which they are seen."""
+    """The samples of a whole training, in the order in which they are seen, encoded when they are.
 
-    def __init__(self, samples: Mapping[int, Sample], order: Sequence[int]):
-        self.samples, self.order = samples, order
+    Kept, those of mix-665K would be 6 GB of tokens in every process.
+    """
+
+    def __init__(
+        self, conversations: Sequence[Conversation], encode: Callable[[Conversation], Sample], order: Sequence[int]
+    ):
+        self.conversations, self.encode, self.order = conversations, encode, order
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __getitem__(self, position: int) -> Sample:
-        return self.samples[self.order[position]]
+        return self.encode(self.conversations[self.order[position]])
 
 
 # ----------------------------------------------------------------------------------------------------------------- order

@@ -45,6 +45,7 @@ from llava_bridge.card import write_card
 from llava_bridge.config import AlignConfig, StageConfig, TuneConfig
 from llava_bridge.conversations import Conversation, Encoder, Sample, read_conversations
 from llava_bridge.image_modes import image_processor
+from llava_bridge.lengths import encoding_key, sample_lengths
 from llava_bridge.llm import llm_folder, weight_hash
 from llava_bridge.loss import supervised_loss
 from llava_bridge.methods import (
@@ -78,6 +79,7 @@ from llava_bridge.templates import read_template
 from llava_bridge.towers import Tower, load_tower
 
 COMPLETE = "complete.json"  # a checkpoint's last file: without it the checkpoint does not count
+LENGTHS = "lengths"  # beginning of the folder that keeps the samples' lengths until the run is finished
 TRAINABLE = "trainable.safetensors"  # a checkpoint's weights: only what trains
 # Settings that say how the work is done, and change nothing of what comes out but its rounding.
 WITHOUT_EFFECT = ("out", "workers", "save_every", "device_batch_size", "parallel", "gradient_checkpointing")
@@ -121,7 +123,7 @@ def align(config: AlignConfig) -> Path:
     choose_attention(model)
     collator = make_collator(model, processor, config)
     encoder = Encoder(processor, fixed_image_tokens(model), config.data.max_length, config.data.caption_end)
-    dataset = prepare_samples(conversations, encoder.plain, config)
+    dataset = prepare_samples(conversations, encoder, "align", inputs["data"], config)
     projector = projector_parameters(model)
     idle = {name for name, _ in model.named_parameters() if part_of(name) == "projector"} - projector
     groups = [(config.learning_rate, projector)]
@@ -176,7 +178,7 @@ def tune(config: TuneConfig) -> Path:
     choose_attention(base)
     collator = make_collator(base, processor, config)
     encoder = Encoder(processor, fixed_image_tokens(base), config.data.max_length)
-    dataset = prepare_samples(conversations, encoder.chat, config)
+    dataset = prepare_samples(conversations, encoder, "tune", inputs["data"], config)
     model, groups, idle = choose_parameters(base, config, dtype)
 
     # -------------------------------------------------------------------------------------------------- train, save
@@ -230,18 +232,18 @@ def make_collator(model: Mllm, processor: MllmProcessor, config: StageConfig) ->
 
 
 def prepare_samples(
-    conversations: Sequence[Conversation], encode: Callable[[Conversation], Sample], config: StageConfig
+    conversations: Sequence[Conversation], encoder: Encoder, stage: str, data_hash: str, config: StageConfig
 ) -> SampleDataset:
     """The training's samples in the order in which they are seen, a pure function of data, seed and batch size."""
+    encode = encoder.plain if stage == "align" else encoder.chat
     drawn = draw(len(conversations), config.samples or len(conversations), config.seed)
-    seen = sorted(set(drawn))
-    samples = {i: encode(conversations[i]) for i in tqdm(seen, desc="tokenizing", unit="sample")}
-    lengths = {i: len(sample) for i, sample in samples.items()}
-    pictured = {i for i, sample in samples.items() if sample.images}
+    known = config.out / f"{LENGTHS}-{encoding_key(encoder, stage, data_hash)[:12]}"
+    lengths = sample_lengths(conversations, sorted(set(drawn)), encode, known)
+    pictured = {i for i in lengths if conversations[i].images}
     order = grouped(drawn, lengths, pictured, config.batch_size, config.group, config.seed)
     if config.packing:
         order = balanced(order, lengths, config.batch_size, samples_at_once(config))
-    return SampleDataset(samples, order)
+    return SampleDataset(conversations, encode, order)
 
 
 def choose_parameters(base: Mllm, config: TuneConfig, dtype: torch.dtype) -> tuple[nn.Module, Groups, set[str]]:
@@ -558,7 +560,8 @@ def finish(
             "device_batch_size": samples_at_once(config),
         }
         # Before the manifest, which records all weights in the folder. A kill between the two costs time, not correctness.
-        shutil.rmtree(config.out / "checkpoints", ignore_errors=True)
+        for path in (config.out / "checkpoints", *config.out.glob(f"{LENGTHS}-*")):
+            shutil.rmtree(path, ignore_errors=True)
         manifest = write_manifest(config.out, stage, settings(config), inputs, outputs)
         write_card(config.out / (outputs.get("model") or outputs["adapter"]), manifest)
     trainer.accelerator.wait_for_everyone()

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -18,10 +18,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import llava_bridge
 from clips_core.config import load_config, recipe_path, to_dict
 from clips_core.errors import InputError
-from clips_core.folders import read_manifest, sha256_file
+from clips_core.folders import read_json, read_manifest, sha256_file
 from llava_bridge.batching import Collator
 from llava_bridge.config import AlignConfig, ConversationConfig, LoraConfig, TuneConfig
-from llava_bridge.conversations import Encoder, read_conversations
+from llava_bridge.conversations import IGNORE, Encoder, read_conversations
+from llava_bridge.held_out import HeldOutConfig, held_out_loss
 from llava_bridge.loss import supervised_loss
 from llava_bridge.methods import (
     ALIGN_CONTRACT,
@@ -103,6 +104,34 @@ def test_both_stages_learn(world: World) -> None:
     aligned = align(world.align_config("align_long", samples=120, learning_rate=1e-2))
     assert fallen(aligned) < 0.9
     assert fallen(tune(world.tune_config("tune_long", align=aligned, samples=120))) < 0.85
+
+
+@pytest.mark.parametrize("stage", ["align", "tune"])
+def test_held_out_loss_is_the_mean_over_all_tokens(
+    world: World, tmp_path: Path, stage: Literal["align", "tune"]
+) -> None:
+    """Whatever the batches: equal to transformers' own loss of each conversation, weighted by its tokens."""
+    data = ConversationConfig(world.folder / "data" / f"{stage}.json", world.folder / "data" / "images")
+    config = HeldOutConfig(
+        model=world.folder / stage,
+        data=data,
+        out=tmp_path / "loss.json",
+        stage=stage,
+        batch_size=5,
+        precision="float32",
+    )
+    found = held_out_loss(config)
+    model, encoder = load(world.folder / stage)
+    encode = encoder.plain if stage == "align" else encoder.chat
+    total, labels = 0.0, 0
+    for conversation in read_conversations(data.json, data.images):
+        batch = Collator(encoder.processor)([encode(conversation)])
+        count = int((batch["labels"][:, 1:] != IGNORE).sum())
+        with torch.no_grad():
+            total += float(model(**batch).loss) * count
+        labels += count
+    assert found == pytest.approx(total / labels, rel=1e-5)
+    assert read_json(tmp_path / "loss.json")["labels"] == labels
 
 
 def test_manifests_tell_where_a_model_comes_from(world: World) -> None:

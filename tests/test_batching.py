@@ -46,7 +46,7 @@ from llava_bridge.batching import (
     packed_rows,
     real_tokens,
 )
-from llava_bridge.conversations import IGNORE, Sample
+from llava_bridge.conversations import IGNORE, Conversation, Sample
 from llava_bridge.loss import supervised_loss
 
 IMAGE, PAD, VOCABULARY = 99, 0, 100
@@ -207,10 +207,9 @@ def test_items_are_dealt_evenly() -> None:
 
 
 def test_a_dataset_goes_by_its_order() -> None:
-    samples = {
-        i: Sample(str(i), (), np.arange(i + 1, dtype=np.int32), np.arange(i + 1, dtype=np.int32)) for i in (0, 4, 9)
-    }
-    dataset = SampleDataset(samples, [4, 0, 9, 4])
+    conversations = [Conversation(str(i), (), ()) for i in range(10)]
+    tokens = np.arange(3, dtype=np.int32)
+    dataset = SampleDataset(conversations, lambda own: Sample(own.where, (), tokens, tokens), [4, 0, 9, 4])
     assert [dataset[i].where for i in range(len(dataset))] == ["4", "0", "9", "4"]
 
 

@@ -22,14 +22,13 @@ from scipy import stats
 from clips_core.config import load_settings, to_dict
 from clips_core.data import PretrainDataset, batches
 from clips_core.errors import InputError
-from clips_core.folders import MetricsLog, read_json, read_manifest, write_json
+from clips_core.folders import MetricsLog, claimed, read_json, read_manifest, write_json
 from clips_core.shards import write_shards
 from clips_core.tokenizer import ClipsTokenizer
 from clips_core.train import pretrain
 from eval_suites import study, study_page
 from eval_suites.charts import IntervalLine, interval_chart
 from eval_suites.cli import main
-from eval_suites.grid import claimed
 from eval_suites.statistics import recall_interval
 from eval_suites.study import CaptionStudyConfig, Point, points, pretrain_config, study_captions
 from eval_suites.study_curves import Result, analyse, headline, over_trainings, scores_by_picture, trend

@@ -1,5 +1,6 @@
 """The study of towers: its commands, its folder, jobs, interruptions; and once, in the slow tests, the whole of it."""
 
+import json
 import os
 import shlex
 import signal
@@ -10,22 +11,17 @@ from typing import Any
 
 import pytest
 
+import llava_bridge
 from clips_core.config import load_config, load_settings
 from clips_core.errors import InputError, Stopped
-from clips_core.folders import read_json
+from clips_core.folders import read_json, write_json
 from eval_suites import study_towers as module
 from eval_suites.cli import main
-from eval_suites.study_towers import (
-    Command,
-    TowerStudyConfig,
-    Training,
-    commands,
-    overrides,
-    run_step,
-    study_towers,
-    trainings,
-)
+from eval_suites.steps import Command, run_step
+from eval_suites.study_towers import TowerStudyConfig, Training, commands, overrides, study_towers, swept, trainings
+from eval_suites.sweep import best_rate, split_conversations, trials
 from llava_bridge.config import AlignConfig, TuneConfig
+from llava_bridge.held_out import HeldOutConfig
 from tests.test_report import Question, make_benchmarks, make_entry
 
 PACKAGE = Path(module.__file__).parent
@@ -64,8 +60,6 @@ def test_commands_are_what_a_reader_would_type(tmp_path: Path) -> None:
     align, tune, evaluate = commands(study, Training("b", 0))
     words = shlex.split(str(align))
     assert words[1:4] == ["-m", "eval_suites.cli", "align"]
-    import llava_bridge
-
     bridge = Path(llava_bridge.__file__).parent
     first = load_settings(AlignConfig, bridge, words[4:])
     assert (first.tower, first.image_size, first.learning_rate, first.seed) == ("hf:org/b", 336, 5e-4, 0)
@@ -108,6 +102,7 @@ def test_options_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["align.learning_rat=1"], r"align: .*did you mean 'learning_rate'"),
         (["align.recipe=demo_aling"], r"align: .*did you mean 'demo_align'|no recipe 'demo_aling'"),
         (["seeds=[1, 1]"], r"each seed once"),
+        (["sweep={rates: [1e-3], samples: 8}"], r"rates must be two or more"),
         (["own.c.image_size=2"], r"no tower is called 'c'; the towers are a, b"),
         (['towers={"../a": "hf:x"}'], r"becomes a folder: letters, digits"),
     ],
@@ -126,6 +121,54 @@ def test_a_folder_keeps_its_recipe_and_its_towers(tmp_path: Path) -> None:
         module._agree_on_settings(config(f"out={tmp_path}", *TWO, "tune.learning_rate=1"))
     with pytest.raises(InputError, match=r"holds the tower hf:org/b, not hf:org/new"):
         module._agree_on_settings(config(f"out={tmp_path}", "towers.b=hf:org/new"))
+
+
+# --------------------------------------------------------------------------------------------------------- sweep
+
+
+def sweeping(tmp_path: Path, *settings: str) -> TowerStudyConfig:
+    data = tmp_path / "captions.jsonl"
+    data.write_text("".join(json.dumps({"id": number}) + "\n" for number in range(10)))
+    swept = ["sweep={rates: [1e-3, 2e-3, 4e-3], samples: 64, held_out: 3}", f"align.data.json={data}"]
+    return config(f"out={tmp_path / 'out'}", *TWO, *swept, *settings)
+
+
+def test_trials_differ_in_the_rate_and_see_no_held_out_conversation(tmp_path: Path) -> None:
+    study = sweeping(tmp_path)
+    bridge = Path(llava_bridge.__file__).parent
+    seen = {}
+    for tower in study.towers:
+        for rate, (align, loss) in trials(*swept(study, tower)).items():
+            trial = load_settings(AlignConfig, bridge, align.words[4:])
+            assert (trial.learning_rate, trial.samples, trial.tower) == (rate, 64, study.towers[tower])
+            measured = load_settings(HeldOutConfig, bridge, loss.words[5:])
+            assert measured.model == trial.out and measured.data.images == trial.data.images
+            seen[tower, rate] = (trial.data.json, measured.data.json, trial.batch_size, trial.seed)
+    assert len(seen) == 6 and len(set(seen.values())) == 1
+    split_conversations(study.sweep, study.align, study.out)
+    parts = [[record["id"] for record in read_json(path)] for path in next(iter(seen.values()))[:2]]
+    assert list(map(len, parts)) == [7, 3] and sorted(parts[0] + parts[1]) == list(range(10))
+    before = [path.read_bytes() for path in next(iter(seen.values()))[:2]]
+    split_conversations(study.sweep, study.align, study.out)
+    assert before == [path.read_bytes() for path in next(iter(seen.values()))[:2]]
+    (tmp_path / "captions.jsonl").write_text("{}\n" * 5)
+    with pytest.raises(InputError, match="was made of other data"):
+        split_conversations(study.sweep, study.align, study.out)
+
+
+def test_each_tower_learns_at_its_own_best_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = sweeping(tmp_path)
+    losses = {"a": {1e-3: 2.0, 2e-3: 1.5, 4e-3: 1.9}, "b": {1e-3: 1.0, 2e-3: 1.5, 4e-3: 1.9}}
+    for tower, by_rate in losses.items():
+        for rate, (align, loss) in trials(*swept(study, tower)).items():
+            align.finished.parent.mkdir(parents=True)
+            align.finished.touch()
+            write_json(loss.finished, {"loss": by_rate[rate]})
+    assert [best_rate(*swept(study, tower)) for tower in study.towers] == [2e-3, 1e-3]
+    printed = capsys.readouterr().out
+    assert "b: 0.001 is at the sweep's end" in printed and "a: 0.002 is at" not in printed
+    found = commands(study, Training("a", 0), best_rate(*swept(study, "a")))
+    assert keys(found[0])["learning_rate"] == "0.002" and "learning_rate" not in keys(found[1])
 
 
 # --------------------------------------------------------------------------------------------------------- steps
@@ -163,7 +206,7 @@ time.sleep(60)
 import sys
 from pathlib import Path
 from clips_core.errors import Stopped
-from eval_suites.study_towers import Command, run_step
+from eval_suites.steps import Command, run_step
 try:
     run_step(Command([sys.executable, "-c", {step!r}], Path("never")))
 except Stopped:

@@ -308,8 +308,8 @@ def our_samples(
 ) -> tuple[SampleDataset, Any]:
     """The samples in the order in which training sees them, and what makes batches of them."""
     encoder = Encoder(processor, model.config.image_seq_length, config.data.max_length)
-    encode = encoder.plain if stage == "align" else encoder.chat
-    return train.prepare_samples(conversations, encode, config), train.make_collator(model, processor, config)
+    dataset = train.prepare_samples(conversations, encoder, stage, "generated", config)
+    return dataset, train.make_collator(model, processor, config)
 
 
 def train_trl(settings: Settings, conversations: Sequence[Conversation]) -> dict[str, float]:
