@@ -365,6 +365,8 @@ class Endpoint:
         extra: more keys of the request's JSON; None takes one out.
     """
 
+    EARNED = "captions"  # what replies become
+
     def __init__(
         self,
         url: str,
@@ -556,7 +558,7 @@ class Endpoint:
             "HTTP 429": "lower concurrency",
         }
         parts = [f"{self.url}: {problem.cause}: {problem.detail}", also, hints.get(problem.cause, "")]
-        return InputError("; ".join(filter(None, [*parts, "captions so far are kept: run again to go on"])))
+        return InputError("; ".join(filter(None, [*parts, f"{self.EARNED} so far are kept: run again to go on"])))
 
     def _tell(self, problem: "_Failure") -> None:
         if problem.cause not in self._told:  # once each: thousands may follow

@@ -7,61 +7,82 @@ pictures that tell looking from guessing (`pictures.py`); answers that survive a
 
 import argparse
 import contextlib
-import functools
+import fcntl
 import hashlib
 import importlib.metadata
+import io
 import json
+import os
 import shutil
 import sys
-import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
 from clips_core.config import FORBID, load_config, to_dict
 from clips_core.errors import InputError
 from clips_core.folders import (
+    MANIFEST,
     first_difference,
     is_finished,
     read_json,
+    read_manifest,
     sha256_file,
     write_bytes,
     write_json,
     write_manifest,
 )
+from eval_suites import definitions
+from eval_suites.answering import AnswerLog, Part, alone, answer_all, batches, check_batches, evenly, this_part
+from eval_suites.cider import cider
 from eval_suites.local_data import Found, Table, check, find, fingerprint, working_from
+from eval_suites.needs import Need, unmet
 from eval_suites.pictures import Pictures, Swap, blank, own, picture_id, shuffled
 from llava_bridge.config import Precision
+from llava_bridge.hub import WEIGHTS, download, is_repository
 
 if TYPE_CHECKING:
-    from eval_suites.chat_model import ChatLlava
+    import torch
+
+    from eval_suites.chat_model import ChatLlava, LmmsModel
 
 LMMS_EVAL = "0.7.3"  # what the tasks ask and how they score changes between versions
 INSTALL = f"pip install -r requirements/eval.txt && pip install --no-deps lmms-eval=={LMMS_EVAL}"
 SUITES = Path(__file__).parent / "suites"
+CATALOGUE = Path(__file__).parent / "catalogue" / "tasks.yaml"
 ATTENTION = "sdpa"
+UNKNOWN = "unknown"  # a setting that nobody told us
 
 
 @dataclass(config=FORBID)
 class BenchmarkTask:
-    """How a suite uses one of lmms-eval's tasks."""
+    """How a suite uses one of lmms-eval's tasks.
 
-    tables: list[Table]
+    What a suite leaves out is taken from `catalogue/tasks.yaml` if the task stands there, then from lmms-eval's definition.
+    """
+
+    tables: list[Table] = field(default_factory=list)
     """What the task reads; the first holds the questions."""
-    answers: Literal["yes/no", "open"]
-    metrics: list[str]
+    metrics: list[str] = field(default_factory=list)
     """lmms-eval's names of the figures to report."""
-    primary: str
-    """The one of them that stands for the task."""
-    score: list[str]
-    """Where the task's `process_results` keeps a question's score of 0-1: the first of these keys that it returns."""
-    target: str = "answer"
+    primary: str = ""
+    """The one of them that stands for the task; the first, if left out."""
+    score: list[str] = field(default_factory=list)
+    """Where the task's `process_results` keeps a question's score: the first of these keys that it returns. A question with
+    none of them has no score, since it does not count for these figures. Empty: the primary's, if that is a score of 0-1
+    for every question; else no question has one, and no paired test can be made of the task."""
+    scored: Literal["value", "aggregate", "cider"] = "value"
+    """What is kept there. value: the score of 0-1 itself. aggregate: what the task's own aggregation makes a score of, given
+    this question alone. cider: a caption, whose score is its CIDEr / 10 (CIDEr goes from 0 to 10)."""
+    answers: Literal["yes/no", "open"] = "open"
+    target: str | None = None
+    """Column with the right answer; None: what the task's definition says."""
     category: str | None = None
     """Column by which results can be told apart."""
     cluster: list[str] = field(default_factory=list)
@@ -70,6 +91,41 @@ class BenchmarkTask:
     """Set where the task's score needs clusters of exactly this size."""
     generation: dict[str, int | float | str | bool | list[str] | None] = field(default_factory=dict)
     """Settings that overrule the task's own; null drops one."""
+    task: str | None = None
+    """lmms-eval's name of the task, where the suite's is another because of `prompt`; None: the same."""
+    prompt: dict[str, int | float | str | bool] = field(default_factory=dict)
+    """Prompt settings (the definition's `lmms_eval_specific_kwargs`) that overrule the task's own."""
+    version: str = "unknown"
+    """The task's version by its definition. Another one is refused; unknown: not looked at."""
+    judge: bool = False
+    """Answers are scored by a judge: they have no score until `eval judge` has asked one."""
+    needs: list[Need] = field(default_factory=list)
+    """What its scoring needs beside lmms-eval."""
+
+
+@dataclass(config=FORBID)
+class Stated:
+    """What a publication says of how the numbers of a column were made. `unknown`: it does not say."""
+
+    lmms_eval: str = "unknown"
+    version: str = "unknown"  # of the task
+    split: str = "unknown"
+    metric: str = "unknown"
+    prompt: str = "unknown"
+    generation: str = "unknown"
+    image_mode: str = "unknown"  # how a picture becomes square
+    resolution: str = "unknown"
+
+
+@dataclass(config=FORBID)
+class Column:
+    """A column of a published table: the figure of ours that stands for it."""
+
+    task: str
+    metric: str
+    scale: float = 1.0
+    """The table's number is this times lmms-eval's."""
+    source: Stated = field(default_factory=Stated)
 
 
 @dataclass(config=FORBID)
@@ -78,14 +134,19 @@ class Suite:
 
     name: str
     tasks: dict[str, BenchmarkTask]
+    columns: dict[str, Column] = field(default_factory=dict)
+    """A published table's columns by the names that it gives them."""
+    limit: int | None = Field(default=None, ge=1)
+    """Only the first questions of each task, unless the run says otherwise."""
 
 
 @dataclass(config=FORBID)
 class EvalConfig:
     """Let one model answer a suite, with one or several kinds of pictures."""
 
-    model: Path
-    """Folder of a stock transformers LLaVA: config, weights, processor with chat template."""
+    model: Path | str
+    """A stock transformers LLaVA (config, weights, processor with chat template; LlavaNext too): its folder, a run folder of
+    stage 1 or 2 (its adapter is merged), or ORG/NAME[@REVISION] on the hub. Or lmms:NAME, of lmms-eval's own models."""
     data: Path
     """Folder that mirrors the hub: `lmms-lab-encoder/POPE/…parquet`."""
     out: Path
@@ -96,10 +157,27 @@ class EvalConfig:
     limit: int | None = Field(default=None, ge=1)
     """Only the first questions of each task."""
     batch_size: int = Field(default=32, ge=1)
+    exact: bool = False
+    """Answer one question at a time: in bfloat16 too, no answer then depends on another question."""
     precision: Precision = "auto"
     """auto: bfloat16 where the hardware multiplies it. In float32 an answer does not depend on the batch it was made in."""
+    batch_check: int = Field(default=32, ge=0)
+    """Questions of each task that are answered alone besides, unless in float32 or `exact`: the share of answers that the
+    batch changes is part of the results. 0: none."""
     seed: int = 0
     """Of the shuffled pictures. Answers are greedy."""
+    part: str | None = None
+    """i/n: answer every n-th batch only; whichever process ends last scores. null: RANK/WORLD_SIZE as torchrun sets them."""
+    model_args: str = ""
+    """Of an lmms:NAME, as lmms-eval's --model_args: key=value,key=value."""
+
+
+class Source(NamedTuple):
+    """The model that is asked: a LLaVA's folder, or a name in lmms-eval's registry."""
+
+    folder: Path | None
+    name: str = ""
+    arguments: str = ""
 
 
 @dataclass(frozen=True)
@@ -121,18 +199,22 @@ def run_suite(config: EvalConfig) -> Path:
     """Answer and score the suite; returns `config.out`, which holds a folder per kind of pictures.
 
     Each holds `<task>.jsonl` (a record per question), `results.json` (lmms-eval's figures), `answers-<task>.jsonl` (the
-    answers as they were made) and last `manifest.json`. A run that was stopped goes on with the next unanswered batch.
+    answers as they were made) and last `manifest.json`. A run that was stopped goes on with the next unanswered batch. Several
+    processes may share the questions: each answers its part of the batches, and the last one scores.
 
     Raises:
         InputError: for bad input, before the first question.
     """
     if (version := _lmms_eval_version()) != LMMS_EVAL:
         raise InputError(f"lmms-eval {LMMS_EVAL} is needed, found {version or 'none'}; run: {INSTALL}")
+    part = this_part(config.part)
     suite = load_suite(config.suite)
-    data, out, model_folder = (Path(path).resolve() for path in (config.data, config.out, config.model))
+    config = replace(config, limit=config.limit or suite.limit)
+    source = find_model(config)
+    data, out = (Path(path).resolve() for path in (config.data, config.out))
     tables = {name: [find(data, table) for table in task.tables] for name, task in suite.tasks.items()}
     inputs = {
-        "model": model_fingerprint(model_folder),
+        "model": _fingerprint(source),
         "data": fingerprint(data, [found for of_task in tables.values() for found in of_task]),
     }
     runs = [_run(pictures, config, suite, out, inputs) for pictures in dict.fromkeys(config.pictures)]
@@ -145,58 +227,145 @@ def run_suite(config: EvalConfig) -> Path:
         check(tables[name])
         _check_questions(task, tables[name][0], config.limit)
 
-    _import_lmms_eval()
+    import_lmms_eval()
+    device = _device()
     cache = out / ".cache" / inputs["data"][:16]
-    with _quiet(out / "lmms_eval.log") as terminal, working_from(data, cache):
-        loaded = _load_tasks(suite)
-        model = _load_model(model_folder, runs[0])
-        ids = {name: _picture_ids(name, task, config.limit, terminal) for name, task in loaded.items()}
-        questions = len(runs) * sum(len(of_task) for of_task in ids.values())
-        with tqdm(total=questions, unit=" questions", file=terminal, dynamic_ncols=True, smoothing=0.05) as progress:
-            for run in runs:
-                _answer_and_score(run, suite, config, model, loaded, ids, progress)
-    shutil.rmtree(out / ".cache")
+    with alone(), quiet(out / "lmms_eval.log") as terminal:
+        model = _load_model(source, runs[0], device)
+        with working_from(data, cache):
+            loaded = load_tasks(suite)
+            ids = {name: picture_ids(name, task, config.limit, terminal) for name, task in loaded.items()}
+            sittings = [_sitting(run, suite, config, model, loaded, ids, part) for run in runs]
+            with tqdm(
+                total=sum(sitting.share for sitting in sittings),
+                unit=" questions", file=terminal, dynamic_ncols=True, smoothing=0.05,
+            ) as progress:  # fmt: skip
+                for sitting in sittings:
+                    _answer(sitting, model, progress)
+            for sitting in sittings:
+                _score_when_answered(sitting, suite, config, loaded, ids, terminal)
+    if all(is_finished(run.folder, "eval", run.config, run.inputs) for run in runs):
+        shutil.rmtree(out / ".cache", ignore_errors=True)  # of the last of several processes
     return out
 
 
+def suite_of(manifest: Mapping[str, Any], folder: Path) -> Suite:
+    """What an evaluation asked, as its manifest recorded it.
+
+    Raises:
+        InputError: if another version wrote it.
+    """
+    try:
+        return TypeAdapter(Suite).validate_python(manifest["config"].get("suite"))
+    except ValidationError as error:
+        raise InputError(f"{folder}: its manifest holds no suite that this version reads ({error})") from None
+
+
+def find_model(config: EvalConfig) -> Source:
+    """Where the model of a run is; one of the hub is fetched, or taken from its cache.
+
+    Raises:
+        InputError: if it is nowhere.
+    """
+    name = str(config.model)
+    if name.startswith("lmms:"):
+        if set(config.pictures) != {"real"}:
+            raise InputError(
+                f"{name}: lmms-eval's own models are shown the questions' own pictures: set pictures=[real]"
+            )
+        return Source(None, name.removeprefix("lmms:"), config.model_args)
+    if config.model_args:
+        raise InputError(f"model_args {config.model_args!r} are of an lmms:NAME, and the model is {name}")
+    if not Path(name).exists() and is_repository(name):
+        return Source(download(name, ("*.json", "*.jinja", "*.model", "*.txt"), [WEIGHTS[0]]).resolve())
+    return Source(Path(name).resolve())
+
+
 def load_suite(name: str) -> Suite:
-    """A suite by its name or its YAML file."""
+    """A suite by its name or its YAML file, with all that it leaves out filled in."""
     path = Path(name) if Path(name).suffix in (".yaml", ".yml") else SUITES / f"{name}.yaml"
     if not path.is_file():
         shipped = ", ".join(sorted(suite.stem for suite in SUITES.glob("*.yaml")))
         raise InputError(f"suite {name!r}: no such file; name a .yaml file or one of {shipped}")
     suite = load_config(Suite, path)
+    if not suite.tasks:
+        raise InputError(f"{path}: names no task")
+    known = load_config(Suite, CATALOGUE).tasks
+    suite.tasks = {name: _filled_in(f"{path}: {name}", name, task, known) for name, task in suite.tasks.items()}
     for task_name, task in suite.tasks.items():
         if task.primary not in task.metrics:
             raise InputError(f"{path}: {task_name}: primary {task.primary!r} is not among its metrics")
-        if not task.tables:
-            raise InputError(f"{path}: {task_name}: names no table")
-    if not suite.tasks:
-        raise InputError(f"{path}: names no task")
+    for column_name, column in suite.columns.items():
+        if column.task not in suite.tasks:
+            raise InputError(f"{path}: column {column_name!r}: {column.task!r} is not among the suite's tasks")
+        if column.metric not in suite.tasks[column.task].metrics:
+            raise InputError(f"{path}: column {column_name!r}: {column.task} reports no {column.metric!r}")
     return suite
 
 
+def _filled_in(where: str, name: str, task: BenchmarkTask, known: Mapping[str, BenchmarkTask]) -> BenchmarkTask:
+    """The task with what it leaves out: from the catalogue, then from lmms-eval's definition."""
+    if (entry := known.get(name) or known.get(task.task or name)) is not None:
+        empty = BenchmarkTask()
+        left_out = [key for key in vars(empty) if not key.startswith("_") and getattr(task, key) == getattr(empty, key)]
+        task = replace(task, **{key: getattr(entry, key) for key in left_out})
+    if not task.tables or not task.metrics:
+        if _lmms_eval_version() != LMMS_EVAL:
+            raise InputError(f"{where}: lmms-eval {LMMS_EVAL} is needed to look its definition up; run: {INSTALL}")
+        task = definitions.completed(where, name, task)
+    return replace(task, primary=task.primary or task.metrics[0])
+
+
 def model_fingerprint(folder: Path) -> str:
-    """Hex SHA-256 over the names and contents of a model folder's files.
+    """Hex SHA-256 over the names and contents of a model folder's files; a run folder's model is the one that it holds.
 
     Raises:
         InputError: if a file is missing, or the weights are not those that the run which made them wrote.
     """
+    if (folder / MANIFEST).is_file() and (folder / "adapter").is_dir():
+        manifest = read_manifest(folder, "tune")
+        files = sorted(path for path in (folder / "adapter").iterdir() if path.is_file())
+        hashes = {f"adapter/{path.name}": sha256_file(path) for path in files}
+        _check_written(folder, hashes, manifest)
+        stage_1 = str(manifest["inputs"].get("align"))
+        return hashlib.sha256(json.dumps({**hashes, "stage 1": stage_1}).encode()).hexdigest()
+    if not (folder / "config.json").is_file() and (folder / MANIFEST).is_file():
+        folder = folder / "model"
     needed = ("config.json", "generation_config.json", "tokenizer_config.json")
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing or not any(folder.glob("*.safetensors")):
         lacking = missing[0] if missing else "*.safetensors"
         raise InputError(f"model folder {folder}: no {lacking}; a stock transformers LLaVA folder is needed")
     kind = read_json(folder / "config.json").get("model_type")
-    if kind != "llava":
-        raise InputError(f"{folder}/config.json: model_type is {kind!r}, but 'llava' is needed")
+    if kind not in ("llava", "llava_next"):
+        raise InputError(f"{folder}/config.json: model_type is {kind!r}, but 'llava' or 'llava_next' is needed")
     hashes = {path.name: sha256_file(path) for path in sorted(folder.iterdir()) if path.is_file()}
-    manifest = folder.parent / "manifest.json"
-    written = read_json(manifest).get("weights", {}) if manifest.is_file() else {}
-    for name, digest in hashes.items():
-        if written.get(f"{folder.name}/{name}", digest) != digest:
-            raise InputError(f"{folder}/{name}: not the weights that {manifest} tells of; make them again")
+    written = folder.parent / MANIFEST
+    if written.is_file():
+        _check_written(
+            folder.parent, {f"{folder.name}/{name}": digest for name, digest in hashes.items()}, read_json(written)
+        )
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+
+
+def _check_written(run: Path, hashes: Mapping[str, str], manifest: Mapping[str, Any]) -> None:
+    """Raise an `InputError` unless the weights among the files are those that the run wrote."""
+    written = manifest.get("weights", {})
+    for name, digest in hashes.items():
+        if written.get(name, digest) != digest:
+            raise InputError(f"{run / name}: not the weights that {run / MANIFEST} tells of; make them again")
+
+
+def _fingerprint(source: Source) -> str:
+    """As `model_fingerprint`; of one of lmms-eval's models by its name, its arguments and the folders that these name."""
+    if source.folder is not None:
+        return model_fingerprint(source.folder)
+    values = [part.partition("=")[2] for part in source.arguments.split(",")]
+    files = sorted(
+        path for value in values if Path(value).is_dir() for path in Path(value).rglob("*") if path.is_file()
+    )
+    told = [source.name, source.arguments, [[path.name, sha256_file(path)] for path in files]]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def _lmms_eval_version() -> str | None:
@@ -206,7 +375,7 @@ def _lmms_eval_version() -> str | None:
         return None
 
 
-def _import_lmms_eval() -> None:
+def import_lmms_eval() -> None:
     """Its own metadata does not name all that it imports."""
     try:
         import lmms_eval.evaluator  # noqa: F401
@@ -219,15 +388,14 @@ def _import_lmms_eval() -> None:
 
 def _run(pictures: Pictures, config: EvalConfig, suite: Suite, out: Path, inputs: dict[str, str]) -> Run:
     """The folder of one kind of pictures, and all that its answers depend on."""
-    import torch
-
+    own = not str(config.model).startswith("lmms:")  # else these are matters of `model_args`
     depends = {
         "pictures": pictures,
         "limit": config.limit,
-        "batch_size": config.batch_size,
-        "dtype": _dtype_name(config.precision),
-        "attention": ATTENTION,
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "batch_size": 1 if config.exact else config.batch_size,
+        "dtype": _dtype_name(config.precision) if own else UNKNOWN,
+        "attention": ATTENTION if own else UNKNOWN,
+        "device": _device().type,
         "seed": config.seed,
         "lmms_eval": _lmms_eval_version(),
         "suite": to_dict(suite),
@@ -255,63 +423,50 @@ def _refuse_answers_of_another(run: Run) -> None:
 
 
 def _check_questions(task: BenchmarkTask, questions: Found, limit: int | None) -> None:
-    """What the task's scoring asserts about the questions, before they are answered."""
+    """What the task's scoring needs, and what it asserts about the questions, before they are answered."""
+    if found := [*unmet(task.needs), *question_faults(task, questions, limit)]:
+        raise InputError("\n".join(found))
+
+
+def question_faults(task: BenchmarkTask, questions: Found, limit: int | None = None) -> Iterator[str]:
+    """What the task's scoring would stumble over in the questions, one sentence a fault."""
     if task.answers == "yes/no":
-        for row, answer in enumerate(questions.values(task.target)[:limit]):
+        target = task.target or "answer"
+        for row, answer in enumerate(questions.values(target)[:limit]):
             if str(answer).strip().lower() not in ("yes", "no"):
-                raise InputError(
-                    f"{questions.files[0]}, row {row}, column {task.target!r}: {answer!r} is neither yes nor no"
-                )
+                yield f"{questions.files[0]}, row {row}, column {target!r}: {answer!r} is neither yes nor no"
+                break
     if task.cluster_size is not None:
         keys = zip(*(questions.values(column) for column in task.cluster), strict=True)
         for key, count in Counter(list(keys)[:limit]).items():
             if count != task.cluster_size:
                 cause = f"; limit {limit} may cut a group in two" if limit else ""
-                raise InputError(
+                yield (
                     f"{questions.files[0]}: {' / '.join(task.cluster)} {key} has {count} rows, not {task.cluster_size}{cause}"
                 )
+                break
 
 
-def _load_tasks(suite: Suite) -> dict[str, Any]:
+def load_tasks(suite: Suite) -> dict[str, Any]:
     """lmms-eval's task objects by name."""
-    from lmms_eval.tasks import get_task_dict
-    from lmms_eval.utils import load_yaml_config
-
     from eval_suites.chat_model import generation_settings
 
-    manager = _task_manager()
     for name, task in suite.tasks.items():
-        entry = manager.task_index.get(name)
-        if entry is None or entry["type"] != "task":
-            kind = (
-                "lmms-eval has no such task"
-                if entry is None
-                else f"is a {entry['type']} of tasks: name them one by one"
-            )
-            raise InputError(f"suite {suite.name}: {name!r}: {kind}")
-        _check_against_task(f"suite {suite.name}: {name}", task, load_yaml_config(entry["yaml_path"], mode="full"))
-    tasks = get_task_dict(list(suite.tasks), manager, "chat")
+        where = f"suite {suite.name}: {name}"
+        _check_against_task(where, task, definitions.definition(f"suite {suite.name}", task.task or name))
+    tasks = definitions.load_tasks(f"suite {suite.name}", suite.tasks)
     for name, task in suite.tasks.items():
         try:
             generation_settings(tasks[name].config.generation_kwargs, task.generation)
         except InputError as error:
             raise InputError(f"suite {suite.name}: {name}: {error}") from None
-    return {name: tasks[name] for name in suite.tasks}
-
-
-@functools.cache
-def _task_manager() -> Any:
-    """lmms-eval's index of its tasks: some thousand YAML files, seconds to read."""
-    from lmms_eval.tasks import TaskManager
-
-    return TaskManager()
+    return tasks
 
 
 def _check_against_task(where: str, task: BenchmarkTask, config: Mapping[str, Any]) -> None:
     """The suite must speak of the files and figures that the task's own definition names."""
     table = task.tables[0]
-    split = config.get("test_split") or config.get("validation_split") or ""
-    own = (config["dataset_path"], config.get("dataset_name"), split.strip())
+    own = (config["dataset_path"], config.get("dataset_name"), definitions.split_of(config))
     if (table.repository, table.configuration, table.split) != own:
         raise InputError(
             f"{where}: its questions are in {own} (repository, configuration, split), not where the suite says"
@@ -320,17 +475,38 @@ def _check_against_task(where: str, task: BenchmarkTask, config: Mapping[str, An
     for metric in task.metrics:
         if metric not in known:
             raise InputError(f"{where}: has no metric {metric!r} (it has: {', '.join(known)})")
+    version = definitions.version_of(config)
+    if task.version not in ("unknown", version):
+        raise InputError(
+            f"{where}: is of version {version} in lmms-eval {LMMS_EVAL}, but the suite says {task.version}"
+        )
 
 
-def _load_model(folder: Path, run: Run) -> "ChatLlava":
+def _device() -> "torch.device":
+    """This process's: the GPU that torchrun gave it, else the first, else the CPU."""
     import torch
 
-    from eval_suites.chat_model import ChatLlava
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
-    return ChatLlava(folder, getattr(torch, run.config["dtype"]), run.config["attention"], run.config["batch_size"])
+
+def _load_model(source: Source, run: Run, device: "torch.device") -> "ChatLlava | LmmsModel":
+    import torch
+
+    from eval_suites.chat_model import ChatLlava, LmmsModel
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what a library means by "cuda"
+    size = run.config["batch_size"]
+    if source.folder is None:
+        return LmmsModel(source.name, source.arguments, size, device)
+    return ChatLlava(source.folder, getattr(torch, run.config["dtype"]), run.config["attention"], size, device)
 
 
-def _picture_ids(name: str, task: Any, limit: int | None, terminal: Any) -> list[list[str]]:
+def picture_ids(name: str, task: Any, limit: int | None, terminal: Any) -> list[list[str]]:
     """Per question, the `picture_id` of each picture that the model will be shown."""
     from eval_suites.chat_model import picture_parts
 
@@ -341,7 +517,7 @@ def _picture_ids(name: str, task: Any, limit: int | None, terminal: Any) -> list
 
 
 @contextlib.contextmanager
-def _quiet(log: Path) -> Iterator[Any]:
+def quiet(log: Path) -> Iterator[Any]:
     """Send the chatter of lmms-eval and `datasets` to a file. Yields the terminal, for our own progress bar."""
     import datasets
     from loguru import logger
@@ -353,7 +529,11 @@ def _quiet(log: Path) -> Iterator[Any]:
     for module in ("lmms_eval", "utils"):  # a task's own code runs under the name of its file: utils
         logger.disable(module)
     try:
-        with open(log, "a", encoding="utf-8") as file, contextlib.redirect_stderr(file):
+        with (
+            open(log, "a", encoding="utf-8") as file,
+            contextlib.redirect_stderr(file),
+            contextlib.redirect_stdout(file),
+        ):
             yield terminal
     finally:
         for module in ("lmms_eval", "utils"):
@@ -365,58 +545,206 @@ def _quiet(log: Path) -> Iterator[Any]:
 # ---------------------------------------------------------------------------------------------------- answering and scoring
 
 
-def _answer_and_score(
+class Questions(NamedTuple):
+    """One task of a sitting, and what of it this process answers."""
+
+    requests: list[Any]
+    swap: Swap
+    generation: dict[str, Any]
+    log: AnswerLog
+    batches: list[list[int]]
+    checked: AnswerLog
+    """Answers to a sample of the questions, each alone."""
+    sample: list[int]
+    """All processes' sample; empty where a batch changes no answer."""
+    share: list[list[int]]
+    """Of the sample, one by one, what this process answers."""
+
+
+class Sitting(NamedTuple):
+    """A run's questions by task."""
+
+    run: Run
+    tasks: dict[str, Questions]
+
+    @property
+    def share(self) -> int:
+        """Answers that this process is to have."""
+        return sum(sum(map(len, asked.batches)) + len(asked.share) for asked in self.tasks.values())
+
+
+def _sitting(
     run: Run,
     suite: Suite,
     config: EvalConfig,
-    model: "ChatLlava",
+    model: "ChatLlava | LmmsModel",
     loaded: dict[str, Any],
     ids: dict[str, list[list[str]]],
-    progress: tqdm,
-) -> None:
-    from lmms_eval.evaluator import simple_evaluate
+    part: Part,
+) -> Sitting:
+    from eval_suites.chat_model import requests_of
 
-    from eval_suites.chat_model import AnswerLog, Sitting
-
-    results, seconds = {}, {}
-    write_json(run.folder / "run.json", run.claim)
+    asked, size = _requested(model, suite, loaded), run.config["batch_size"]
+    sampled = 0 if size == 1 or run.config["dtype"] == "float32" else config.batch_check
+    tasks = {}
     for name, spec in suite.tasks.items():
-        started = time.monotonic()
-        task = loaded[name]
-        progress.set_description(f"{run.pictures} pictures, {name}")
-        log = AnswerLog(run.folder / f"answers-{name}.jsonl")
-        model.sitting = Sitting(
-            _swap(run.pictures, name, task, ids[name], model, config.seed), spec.generation, log, progress
+        requests = requests_of(asked[name], config.limit)
+        groups = batches(model.lengths(requests), size)
+        sample = evenly([doc_id for group in groups for doc_id in group], sampled)
+        tasks[name] = Questions(
+            requests,
+            _swap(run.pictures, name, loaded[name], ids[name], model, config.seed),
+            spec.generation,
+            AnswerLog(run.folder, f"answers-{name}", part),
+            groups[part.index :: part.count],
+            AnswerLog(run.folder, f"alone-{name}", part),
+            sample,
+            [[doc_id] for doc_id in sample[part.index :: part.count]],
         )
-        output = simple_evaluate(
-            model=model,
-            tasks=[task],
-            task_manager=_task_manager(),
-            limit=config.limit,
-            bootstrap_iters=0,
-            process_docs_parallel=1,
-            # Where a task may write files, and that scoring needs no pictures unless the task says so.
-            cli_args=argparse.Namespace(
-                output_path=str(run.folder), process_with_media=bool(task.config.process_results_use_image)
-            ),
-        )
-        records = _records(name, spec, task.eval_docs_no_media, output["samples"][name], ids[name])
-        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        write_bytes(run.folder / f"{name}.jsonl", "".join(lines).encode())
-        results[name] = {**_figures(name, spec, output["results"][name]), "n": len(records)}
-        seconds[name] = round(time.monotonic() - started, 2)
+    return Sitting(run, tasks)
+
+
+def _requested(model: "ChatLlava | LmmsModel", suite: Suite, loaded: dict[str, Any]) -> dict[str, Any]:
+    """The tasks as the model's class wants to be asked, their questions made known to it."""
+    from eval_suites.chat_model import LmmsModel
+
+    registered = model.model if isinstance(model, LmmsModel) else model
+    asked = loaded
+    if registered.is_simple:
+        asked = definitions.load_tasks(f"suite {suite.name}", suite.tasks, "simple")
+    registered.task_dict |= {name: task.dataset for name, task in asked.items()}
+    return asked
+
+
+def _answer(sitting: Sitting, model: "ChatLlava | LmmsModel", progress: tqdm) -> None:
+    """This process's part of a run."""
+    write_json(sitting.run.folder / "run.json", sitting.run.claim)
+    for name, asked in sitting.tasks.items():
+        progress.set_description(f"{sitting.run.pictures} pictures, {name}")
+        answer_all(asked.requests, model, asked.swap, asked.generation, asked.log, asked.batches, progress)
+        answer_all(asked.requests, model, asked.swap, asked.generation, asked.checked, asked.share, progress)
+
+
+def _score_when_answered(
+    sitting: Sitting,
+    suite: Suite,
+    config: EvalConfig,
+    loaded: dict[str, Any],
+    ids: dict[str, list[list[str]]],
+    terminal: Any,
+) -> None:
+    """Score a run if all of its questions are answered; else other processes are still at it, and the last one does."""
+    run = sitting.run
+    with open(run.folder / ".scoring.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two processes may have ended in the same moment
+        if is_finished(run.folder, "eval", run.config, run.inputs):
+            return
+        missing = 0
+        for asked in sitting.tasks.values():
+            asked.log.read()
+            asked.checked.read()
+            missing += len(asked.requests) - len(asked.log.answers)
+            missing += len(set(asked.sample) - asked.checked.answers.keys())
+        if missing:
+            left = f"{missing} answers of other parts are missing; the part that ends last scores"
+            print(f"{run.folder}: this part is done; {left}", file=terminal)
+            return
+        _score_run(sitting, suite, config, loaded, ids)
+    (run.folder / ".scoring.lock").unlink(missing_ok=True)
+
+
+def _score_run(
+    sitting: Sitting, suite: Suite, config: EvalConfig, loaded: dict[str, Any], ids: dict[str, list[list[str]]]
+) -> None:
+    """Records, figures and manifest from the answers."""
+    run = sitting.run
+    results, seconds, checked = {}, {}, {}
+    for name, spec in suite.tasks.items():
+        asked, answers = sitting.tasks[name], sitting.tasks[name].log.answers
+        figures = score_task(run, name, spec, loaded[name], asked.requests, answers, ids[name])
+        if figures is not None:
+            results[name] = figures
+        seconds[name] = round(asked.log.seconds, 2)
+        if asked.sample:
+            alone_too = {doc_id: asked.checked.answers[doc_id] for doc_id in asked.sample}
+            checked[name] = check_batches(answers, alone_too)
     write_json(run.folder / "results.json", results)
-    outputs = {"results": results, "seconds": seconds, "model": str(config.model), "data": str(config.data)}
+    outputs = {"results": results, "seconds": seconds, "batch_check": checked}
+    outputs |= {"model": str(config.model), "data": str(config.data)}
     write_manifest(run.folder, "eval", run.config, run.inputs, outputs)
 
 
-def _swap(pictures: Pictures, name: str, task: Any, ids: list[list[str]], model: "ChatLlava", seed: int) -> Swap:
+def score_task(
+    run: Run,
+    name: str,
+    spec: BenchmarkTask,
+    task: Any,
+    requests: Sequence[Any],
+    answers: Mapping[int, str],
+    ids: Sequence[Sequence[str]],
+) -> dict[str, float] | None:
+    """Score the answers to the first questions of a task as lmms-eval does, and write `run.folder/<task>.jsonl`.
+
+    Args:
+        requests: lmms-eval's, one a question.
+        answers: by doc_id, as many.
+        ids: the `picture_id` of each question's pictures.
+
+    Returns:
+        lmms-eval's figures and `n`; None for a task that waits for its judge.
+    """
+    samples, figures = _scored(name, spec, task, requests, answers, run.folder)
+    records = _records(name, spec, task.eval_docs_no_media, samples, ids, task.aggregation())
+    made = {key: run.config[key] for key in ("batch_size", "dtype", "attention")}
+    lines = (json.dumps({**record, **made}, ensure_ascii=False) + "\n" for record in records)
+    write_bytes(run.folder / f"{name}.jsonl", "".join(lines).encode())
+    return None if figures is None else {**_figures(name, spec, figures), "n": len(records)}
+
+
+def _scored(
+    name: str, spec: BenchmarkTask, task: Any, requests: Sequence[Any], answers: Mapping[int, str], folder: Path
+) -> tuple[Sequence[Mapping[str, Any]], Mapping[str, Any] | None]:
+    """What lmms-eval says of each answer, and its figures; of a task that a judge scores, the answers alone and None."""
+    if spec.judge:
+        return [
+            {
+                "doc_id": request.args[3],
+                "filtered_resps": [answers[request.args[3]]],
+                "target": task.doc_to_target(task.eval_docs_no_media[request.args[3]]),
+                "arguments": [request.args[0]],
+            }
+            for request in requests
+        ], None
+    from lmms_eval.evaluator import simple_evaluate
+
+    from eval_suites.chat_model import Answered
+
+    definitions.forget_earlier_sums(task)
+    output = simple_evaluate(
+        model=Answered(answers),
+        tasks=[task],
+        task_manager=definitions.task_manager(),
+        limit=len(requests),
+        bootstrap_iters=0,
+        process_docs_parallel=1,
+        # Where a task may write files, and that scoring needs no pictures unless the task says so.
+        cli_args=argparse.Namespace(
+            output_path=str(folder), process_with_media=bool(task.config.process_results_use_image)
+        ),
+    )
+    return output["samples"][name], output["results"][name]
+
+
+def _swap(
+    pictures: Pictures, name: str, task: Any, ids: list[list[str]], model: "ChatLlava | LmmsModel", seed: int
+) -> Swap:
     """What to show in place of each picture of a task."""
-    from eval_suites.chat_model import picture_parts
+    from eval_suites.chat_model import LmmsModel, picture_parts
 
     if pictures == "real":
         return own
     if pictures == "blank":
+        assert not isinstance(model, LmmsModel)
         return blank(model.mean_colour)
 
     def load(doc_id: int, position: int) -> Any:
@@ -426,46 +754,89 @@ def _swap(pictures: Pictures, name: str, task: Any, ids: list[list[str]], model:
 
 
 def _records(
-    name: str, spec: BenchmarkTask, docs: Any, samples: Sequence[Mapping[str, Any]], ids: Sequence[Sequence[str]]
+    name: str,
+    spec: BenchmarkTask,
+    docs: Any,
+    samples: Sequence[Mapping[str, Any]],
+    ids: Sequence[Sequence[str]],
+    aggregation: Mapping[str, Callable[..., Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row per question, in order. `samples` are lmms-eval's: answers, and what the task's scoring said of each."""
+    """One row per question, in order. `samples` are lmms-eval's: answers, and what the task's scoring said of each.
+
+    `aggregation`: the task's own functions by metric, for questions that are scored by them. A `score` of None: the question has
+    none, for it counts only as one of many, or not at all, or a judge has still to give it.
+    """
     samples = sorted(samples, key=lambda sample: sample["doc_id"])
     if [sample["doc_id"] for sample in samples] != list(range(len(ids))):
         raise RuntimeError(f"{name}: lmms-eval scored {len(samples)} of {len(ids)} questions")
     rows = []
-    for sample, of_question in zip(samples, ids, strict=True):
+    scores = _scores(name, spec, samples, aggregation or {})
+    for sample, of_question, score in zip(samples, ids, scores, strict=True):
         doc_id = sample["doc_id"]
         doc = docs[doc_id]
-        target = doc[spec.target]
-        cluster = [str(doc[column]) for column in spec.cluster] or list(of_question) or [f"question {doc_id}"]
+        target = sample["target"] if spec.target is None else doc[spec.target]
+        cluster = [str(doc[column]) for column in spec.cluster] or list(of_question) or [f"{name} question {doc_id}"]
         rows.append(
             {
                 "task": name,
                 "doc_id": doc_id,
                 "cluster": " / ".join(cluster),
                 "category": str(doc[spec.category]) if spec.category else "",
-                "question": str(doc["question"]).strip(),
+                # A task that asks the same of every picture has its question in the prompt alone.
+                "question": str(doc["question"] if "question" in doc else sample["arguments"][0]).strip(),
                 "target": " / ".join(dict.fromkeys(target)) if isinstance(target, list) else str(target),
                 "answer": sample["filtered_resps"][0],
-                "score": _score(name, doc_id, spec, sample),
+                "score": score,
             }
         )
     return rows
 
 
-def _score(name: str, doc_id: int, spec: BenchmarkTask, sample: Mapping[str, Any]) -> float:
-    value = next((sample[key] for key in spec.score if key in sample), None)
-    if isinstance(value, dict):
-        value = value["score"]
-    if not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise RuntimeError(f"{name}, doc_id {doc_id}: the task gave {value!r} under {spec.score}, not a score of 0-1")
-    return float(value)
+def _scores(
+    name: str,
+    spec: BenchmarkTask,
+    samples: Sequence[Mapping[str, Any]],
+    aggregation: Mapping[str, Callable[..., Any]],
+) -> list[float | None]:
+    """Each question's score of 0-1, or None."""
+    if spec.judge:
+        return [None] * len(samples)
+    if spec.scored == "cider":
+        return list(cider([sample[spec.primary] for sample in samples]))
+    keys = spec.score or [spec.primary]
+    scores = [
+        _score(spec, next((key for key in keys if key in sample), None), sample, aggregation) for sample in samples
+    ]
+    wrong = [i for i, score in enumerate(scores) if not isinstance(score, float | None)]
+    if wrong and not spec.score:  # nobody said that there are such scores
+        return [None] * len(samples)
+    if wrong or all(score is None for score in scores):
+        i = wrong[0] if wrong else 0
+        given = {key: samples[i].get(key) for key in keys}
+        raise RuntimeError(f"{name}, doc_id {samples[i]['doc_id']}: the task gave {given}, not a score of 0-1")
+    return scores
+
+
+def _score(
+    spec: BenchmarkTask, key: str | None, sample: Mapping[str, Any], aggregation: Mapping[str, Callable[..., Any]]
+) -> Any:
+    """A float of 0-1; None if the question counts for none of these figures; what was found, if it is something else."""
+    if key is None:
+        return None
+    value = sample[key]
+    if spec.scored == "aggregate":
+        with contextlib.redirect_stdout(io.StringIO()):  # some print what they add up
+            value = aggregation[key]([value])
+    elif isinstance(value, dict):
+        value = value.get("score", value)
+    return float(value) if isinstance(value, int | float) and 0 <= value <= 1 else {key: value}
 
 
 def _figures(name: str, spec: BenchmarkTask, results: Mapping[str, Any]) -> dict[str, float]:
     """lmms-eval's aggregated values, by metric; one that no question counts for is left out."""
-    values = {metric: results.get(f"{metric},none") for metric in spec.metrics}
-    figures = {metric: float(value) for metric, value in values.items() if value is not None}
+    filters = [key.rpartition(",")[2] for key in results if key.rpartition(",")[0] == spec.primary]
+    values = {metric: results.get(f"{metric},{filters[0]}") for metric in spec.metrics if filters}
+    figures = {metric: float(value) for metric, value in values.items() if isinstance(value, int | float)}
     if spec.primary not in figures:
         raise RuntimeError(f"{name}: lmms-eval gave no {spec.primary!r}")
     return figures

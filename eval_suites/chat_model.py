@@ -1,24 +1,23 @@
-"""The model class that answers lmms-eval's tasks: a stock LLaVA folder through plain transformers, in batches.
+"""The models that answer lmms-eval's tasks: a stock LLaVA folder through plain transformers, or one of lmms-eval's own.
 
 Imports torch, transformers and lmms-eval, so `benchmarks.py` imports it when there is something to answer.
 """
 
-import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lmms_eval.api.task  # noqa: F401  imported for its side effect, which is undone below
 import torch
-from lmms_eval.api.instance import Instance
+from lmms_eval import models
+from lmms_eval.api.instance import Instance, unwrap_generation_output
 from lmms_eval.api.model import lmms
 from PIL import Image, ImageFile
-from tqdm import tqdm
 
 from clips_core.errors import InputError
-from clips_core.folders import write_bytes
-from eval_suites.pictures import Swap
+from eval_suites.answering import batches
+from eval_suites.pictures import Swap, own
 from llava_bridge.mllm import load_mllm
 
 # lmms-eval makes PIL fill what is missing of a truncated picture with grey. Here a damaged picture is an error.
@@ -27,53 +26,30 @@ ImageFile.LOAD_TRUNCATED_IMAGES = False
 Message = dict[str, Any]  # {"role", "content": [{"type": "image", "url": PIL image} | {"type": "text", "text"}]}
 
 
-class AnswerLog:
-    """The answers of one task, one JSON line each, written batch by batch as they are made."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.answers: dict[int, str] = {}
-        if path.exists():
-            whole = path.read_text(encoding="utf-8").split("\n")[
-                :-1
-            ]  # what follows the last newline was cut off by a kill
-            self.answers = {row["doc_id"]: row["answer"] for row in map(json.loads, whole)}
-            write_bytes(path, "".join(f"{line}\n" for line in whole).encode())
-
-    def add(self, answers: dict[int, str]) -> None:
-        rows = [json.dumps({"doc_id": doc_id, "answer": text}, ensure_ascii=False) for doc_id, text in answers.items()]
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write("".join(f"{row}\n" for row in rows))
-        self.answers |= answers
-
-
-@dataclass
-class Sitting:
-    """One pass over the questions of one task: what the model needs beside the questions themselves."""
-
-    swap: Swap
-    generation: dict[str, Any]
-    """Settings that overrule the task's own."""
-    log: AnswerLog
-    progress: tqdm
-
-
 class ChatLlava(lmms):
-    """A `LlavaForConditionalGeneration` folder as an lmms-eval model of the chat class. Greedy; any error is raised."""
+    """A LLaVA folder as an lmms-eval model of the chat class. Greedy; any error is raised.
+
+    lmms-eval's own evaluator takes it too: it then answers with the questions' own pictures and the tasks' own settings.
+
+    Args:
+        folder: a stock LLaVA's (LlavaNext included), or a run folder of stage 1 or 2, whose adapter is merged.
+        attention: the kernel, by transformers' name.
+    """
 
     is_simple = False  # requests come as chat messages
     accelerator = None  # one process; where lmms-eval finds this attribute it makes no Accelerator of its own
 
-    def __init__(self, folder: Path, dtype: torch.dtype, attention: str, batch_size: int):
+    def __init__(
+        self, folder: Path, dtype: torch.dtype, attention: str, batch_size: int = 1, device: torch.device | None = None
+    ):
         super().__init__()
         self.batch_size = batch_size
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model, self.processor = load_mllm(folder, dtype)
         self.model.to(self.device).eval().set_attn_implementation(attention)
         if self.model.generation_config.eos_token_id is None:
             raise InputError(f"{folder}/generation_config.json: no eos_token_id, so answers would never end")
         self.processor.tokenizer.padding_side = "left"  # every answer then starts right behind its question
-        self.sitting: Sitting | None = None
 
     @property
     def mean_colour(self) -> tuple[float, float, float]:
@@ -81,55 +57,43 @@ class ChatLlava(lmms):
         red, green, blue = self.processor.image_processor.image_mean
         return red, green, blue
 
-    def generate_until(self, requests: list[Instance]) -> list[str]:
-        """One answer per request, in their order; all are of one task.
+    def lengths(self, requests: Sequence[Instance]) -> dict[int, int]:
+        """Tokens of each question's text, by doc_id."""
+        texts = {request.args[3]: request.args[0] for request in requests}
+        return {doc_id: len(self.processor.tokenizer(text).input_ids) for doc_id, text in texts.items()}
 
-        Batches hold questions of similar length, longest first, and follow from the list of questions alone. A batch with
-        an answer missing is answered as a whole, so that a resumed run repeats the batches of an uninterrupted one:
-        in bfloat16 a neighbour's padding can change an answer.
-        """
-        assert self.sitting is not None
-        sitting, answers = self.sitting, self.sitting.log.answers
-        by_doc = {request.args[3]: request for request in requests}
-        lengths = {
-            doc_id: len(self.processor.tokenizer(request.args[0]).input_ids) for doc_id, request in by_doc.items()
-        }
-        order = sorted(by_doc, key=lambda doc_id: (-lengths[doc_id], doc_id))
-        sitting.progress.update(len(by_doc.keys() & answers.keys()))
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            if all(doc_id in answers for doc_id in batch):
-                continue
-            texts = self._answer([by_doc[doc_id] for doc_id in batch])
-            new = {doc_id: text for doc_id, text in zip(batch, texts, strict=True) if doc_id not in answers}
-            sitting.log.add(new)
-            sitting.progress.update(len(new))
-        return [answers[request.args[3]] for request in requests]
-
-    def _answer(self, requests: list[Instance]) -> list[str]:
-        assert self.sitting is not None
-        conversations = [self._messages(request) for request in requests]
-        inputs = self.encode(conversations).to(self.device, self.model.dtype)
-        settings, stops = generation_settings(requests[0].args[2], self.sitting.generation)
-        with torch.inference_mode():
-            ids = self.model.generate(**inputs, **settings)
+    def answer(self, requests: Sequence[Instance], swap: Swap, generation: Mapping[str, Any]) -> list[str]:
+        """One answer to each of a batch of one task, with the pictures of `swap`; `generation` overrules the task's settings."""
+        inputs = self.encode([self._messages(request, swap) for request in requests])
+        settings, stops = generation_settings(requests[0].args[2], generation)
+        ids = self.generate(inputs, **settings)
         texts = self.processor.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        answers = [cut(text, stops) for text in texts]
-        for request, answer in zip(requests, answers, strict=True):
-            if not answer:
-                raise RuntimeError(
-                    f"{request.task_name}, doc_id {request.doc_id}: the model generated no text, which is not an answer to"
-                    " score (`generation: {min_new_tokens: 1}` in the suite makes it say something)"
-                )
-        return answers
+        return [cut(text, stops) for text in texts]
 
-    def _messages(self, request: Instance) -> list[Message]:
-        """The request's chat messages, with the pictures of this sitting."""
-        assert self.sitting is not None
+    def generate(self, inputs: Any, **settings: Any) -> Any:
+        """transformers' `generate` on `encode`'s inputs. In float32 nothing is rounded to TF32."""
+        exact = self.model.dtype == torch.float32
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=not exact):
+            return self.model.generate(**inputs.to(self.device, self.model.dtype), **settings)
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """One answer per request, in their order. What lmms-eval's own evaluator calls, with several tasks at once."""
+        by_task: dict[str, dict[int, Instance]] = {}
+        for request in requests:
+            by_task.setdefault(request.args[4], {})[request.args[3]] = request
+        answers: dict[tuple[str, int], str] = {}
+        for task, by_doc in by_task.items():
+            for batch in batches(self.lengths(list(by_doc.values())), self.batch_size):
+                said = self.answer([by_doc[doc_id] for doc_id in batch], own, {})
+                answers |= {(task, doc_id): text for doc_id, text in zip(batch, said, strict=True)}
+        return [answers[request.args[4], request.args[3]] for request in requests]
+
+    def _messages(self, request: Instance, swap: Swap) -> list[Message]:
+        """The request's chat messages, with the pictures of `swap`."""
         _, doc_to_messages, _, doc_id, task, split = request.args
-        messages = doc_to_messages(self.task_dict[task][split][doc_id])
+        messages: list[Message] = doc_to_messages(self.task_dict[task][split][doc_id])
         for position, part in enumerate(picture_parts(messages)):
-            part["url"] = self.sitting.swap(doc_id, position, part["url"])
+            part["url"] = swap(doc_id, position, part["url"])
         return messages
 
     def encode(self, conversations: list[list[Message]]) -> Any:
@@ -157,6 +121,84 @@ class ChatLlava(lmms):
         """lmms-eval would drop the weights after each task; this model answers the next one too."""
 
 
+class LmmsModel:
+    """Any model of lmms-eval's own registry, of the simple class or the chat class, as its `--model` names it.
+
+    How it answers is its own affair; an answer that it left empty (many of these models catch their errors) is refused.
+
+    Args:
+        arguments: as lmms-eval's `--model_args`.
+    """
+
+    def __init__(self, name: str, arguments: str, batch_size: int, device: torch.device):
+        try:
+            kind = models.get_model(name)
+        except ValueError as error:
+            raise InputError(
+                f"lmms:{name}: lmms-eval has no such model ({' '.join(str(error).split())[:300]})"
+            ) from None
+        except ImportError as error:
+            raise InputError(f"lmms:{name}: its own requirements are not installed ({error})") from None
+        self.model = kind.create_from_arg_string(arguments, {"batch_size": batch_size, "device": str(device)})
+
+    @property
+    def is_simple(self) -> bool:
+        """Whether it takes a prompt and pictures; else it takes chat messages."""
+        return bool(self.model.is_simple)
+
+    def lengths(self, requests: Sequence[Instance]) -> dict[int, int]:
+        """Characters of each question's text, by doc_id."""
+        return {request.args[3]: len(request.args[0]) for request in requests}
+
+    def answer(self, requests: Sequence[Instance], swap: Swap, generation: Mapping[str, Any]) -> list[str]:
+        """As `ChatLlava.answer`; the pictures are the questions' own."""
+        assert swap is own
+        place = 1 if self.is_simple else 2
+        asked = []
+        for request in requests:
+            settings = {k: v for k, v in {**request.args[place], **generation}.items() if v is not None}
+            asked.append(copy.copy(request))
+            asked[-1].arguments = (*request.args[:place], settings, *request.args[place + 1 :])
+        return [str(unwrap_generation_output(reply)[0] or "").strip() for reply in self.model.generate_until(asked)]
+
+
+class Answered(lmms):
+    """Answers that were given before, for lmms-eval's evaluator to score."""
+
+    is_simple = False
+    accelerator = None
+
+    def __init__(self, answers: Mapping[int, str]):
+        super().__init__()
+        self.answers = answers
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        return [self.answers[request.args[3]] for request in requests]
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        raise NotImplementedError("tasks scored by likelihood are not supported: choose one that generates its answers")
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        raise NotImplementedError("tasks of several rounds are not supported")
+
+    def clean(self) -> None:
+        """There is nothing to drop."""
+
+
+def requests_of(task: Any, limit: int | None) -> list[Instance]:
+    """The requests that lmms-eval makes of a task's first questions, in their order.
+
+    Raises:
+        InputError: if the task is not one of a single answer to a question.
+    """
+    if task.OUTPUT_TYPE != "generate_until":
+        raise InputError(
+            f"{task.config.task}: its answers are of the kind {task.OUTPUT_TYPE!r}; only generate_until is supported"
+        )
+    task.build_all_requests(limit=limit)
+    return list(task.instances)
+
+
 def picture_parts(messages: Iterable[Message]) -> list[Message]:
     """The image parts of chat messages, in order.
 
@@ -174,7 +216,7 @@ def picture_parts(messages: Iterable[Message]) -> list[Message]:
     return [part for part in parts if part["type"] == "image"]
 
 
-def generation_settings(task: dict[str, Any], overrules: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def generation_settings(task: Mapping[str, Any], overrules: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Keyword arguments of `generate`, and the strings that end an answer; a setting overruled by None is dropped.
 
     Raises:

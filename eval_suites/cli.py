@@ -98,7 +98,30 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = stages.add_parser("eval", help="let a LLaVA answer benchmarks")
     actions = evaluate.add_subparsers(metavar="ACTION", required=True)
     _configured(actions, "run", "answer a suite through lmms-eval's own task code", _eval_run)
+    actions.choices["run"].add_argument("--exact", action="store_true", help="one question at a time")
+    _configured(actions, "judge", "RUN --model NAME --endpoint URL: a judge scores MM-Vet's answers", _eval_judge)
+    flags = {
+        "model": str,
+        "endpoint": str,
+        "api-key-env": str,
+        "repeats": int,
+        "temperature": float,
+        "max-new-tokens": int,
+    }
+    for flag, kind in flags.items():
+        actions.choices["judge"].add_argument(f"--{flag}", type=kind)
+    _configured(actions, "import", "FOLDER of plain lmms-eval (--log_samples) → records like ours", _eval_import)
 
+    fetch = actions.add_parser(
+        "fetch", help="a suite's files from the hub into a folder, for machines without a network"
+    )
+    fetch.add_argument("suite", metavar="SUITE", help="the name of a shipped suite, or a .yaml file")
+    fetch.add_argument("--to", required=True, type=Path, metavar="FOLDER")
+    fetch.set_defaults(run=_eval_fetch)
+    look = actions.add_parser("check", help="a suite's files: all that is missing or wrong, at once")
+    look.add_argument("suite", metavar="SUITE", help="the name of a shipped suite, or a .yaml file")
+    look.add_argument("--data", required=True, type=Path, metavar="FOLDER")
+    look.set_defaults(run=_eval_check)
     _configured(actions, "loss", "a LLaVA's loss on conversations that it was not trained on", _eval_loss)
     _configured(actions, "tower", "SPEC … SUITE …: zero-shot, retrieval, linear probe and kNN of towers", _eval_tower)
 
@@ -320,7 +343,43 @@ def _eval_run(args: argparse.Namespace) -> None:
     import eval_suites
     from eval_suites.benchmarks import EvalConfig, run_suite
 
+    args.settings += ["exact=true"] if args.exact else []
     run_suite(_config(EvalConfig, args, eval_suites))
+
+
+def _eval_judge(args: argparse.Namespace) -> None:
+    import eval_suites
+    from eval_suites.judge import JudgeConfig, judge
+
+    flags = ("model", "endpoint", "api_key_env", "repeats", "temperature", "max_new_tokens")
+    said = {flag: value for flag in flags if (value := getattr(args, flag)) is not None}
+    args.settings = [*_named(args.settings, "run"), *(f"{key}={value}" for key, value in said.items())]
+    judge(_config(JudgeConfig, args, eval_suites))
+
+
+def _eval_import(args: argparse.Namespace) -> None:
+    import eval_suites
+    from eval_suites.lmms_output import ImportConfig, import_output
+
+    args.settings = _named(args.settings, "folder")
+    import_output(_config(ImportConfig, args, eval_suites))
+
+
+def _named(settings: Sequence[str], key: str) -> list[str]:
+    """What is no `key=value` is the value of `key`: `FOLDER key=value …`."""
+    return [setting if "=" in setting else f"{key}={setting}" for setting in settings]
+
+
+def _eval_fetch(args: argparse.Namespace) -> None:
+    from eval_suites.fetch import fetch_suite, table_of
+
+    print(table_of(fetch_suite(args.suite, args.to)))
+
+
+def _eval_check(args: argparse.Namespace) -> None:
+    from eval_suites.fetch import check_suite, table_of
+
+    print(table_of(check_suite(args.suite, args.data)))
 
 
 def _eval_loss(args: argparse.Namespace) -> None:

@@ -88,7 +88,7 @@ def _settings(run: Run) -> Iterator[tuple[str, Any]]:
     if "align" in manifests:
         yield "tower.spec", manifests["align"]["config"].get("tower")
         yield "tower.hash", manifests["align"]["inputs"].get("tower")
-    if run.entry.tune is not None:
+    if run.entry.tune is not None and (run.entry.tune / "model" / "config.json").is_file():
         yield from _tower_in_llava(read_json(run.entry.tune / "model" / "config.json"))
         processor = run.entry.tune / "model" / "processor_config.json"
         if processor.is_file():
@@ -113,6 +113,8 @@ def _settings(run: Run) -> Iterator[tuple[str, Any]]:
         yield "llm.hash", manifests["align"]["inputs"].get("llm")
     evaluation = {key: value for key, value in manifests["real"]["config"].items() if key != "suite"}
     yield "evaluation.suite", run.suite.name
+    for name, task in manifests["real"]["config"].get("suite", {}).get("tasks", {}).items():
+        yield from ((f"evaluation.{name}.{key}", value) for key, value in _flat(task.get("generation") or {}))
     yield from ((f"evaluation.{key}", value) for key, value in _flat(evaluation))
     yield "evaluation.data", manifests["real"]["inputs"].get("data")
     for stage in ("align", "tune", "real"):

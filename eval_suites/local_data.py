@@ -8,7 +8,8 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +20,11 @@ from clips_core.config import FORBID
 from clips_core.errors import InputError
 from clips_core.folders import sha256_file
 from clips_core.images import open_image
+from eval_suites.needs import java_folder
 
-Kind = Literal["string", "int64", "strings", "image"]
+# image?: a row may have none; images: a list, at least one a row
+Kind = Literal["string", "int64", "strings", "image", "image?", "images"]
+SHOWN = 3  # of the faulty pictures of a column
 
 
 @dataclass(config=FORBID)
@@ -30,12 +34,16 @@ class Table:
     repository: str
     """The name that the task loads: a folder in the data folder."""
     split: str
-    columns: dict[str, Kind]
-    """What the task reads, and of which kind."""
+    columns: dict[str, Kind] = field(default_factory=dict)
+    """What the task reads, and of which kind. Empty: nobody says; whatever pictures the files hold are looked at."""
     configuration: str | None = None
     """None: the repository's default one."""
     covers: dict[str, str] = field(default_factory=dict)
     """A column here → a column of the task's first table, all of whose values must be found here."""
+    rows: int | None = None
+    """How many the published split has; None: not known. `eval check` compares, a run takes what is there."""
+    revision: str | None = None
+    """The data set's commit for `eval fetch`; None: the newest, which it records."""
 
 
 @dataclass(frozen=True, config={"arbitrary_types_allowed": True})
@@ -84,6 +92,17 @@ def find(folder: Path, table: Table) -> Found:
     return Found(table, files, builder.info.features)
 
 
+def find_all(folder: Path, tables: Iterable[Table]) -> tuple[list[Found], list[str]]:
+    """Each table that `find` finds, and one sentence for each that it does not."""
+    found, missing = [], []
+    for table in tables:
+        try:
+            found.append(find(folder, table))
+        except InputError as error:
+            missing.append(str(error))
+    return found, list(dict.fromkeys(missing))
+
+
 def fingerprint(folder: Path, tables: list[Found]) -> str:
     """Hex SHA-256 over the names and contents of all files that the tables are read from."""
     files = {file for found in tables for file in found.files}
@@ -96,28 +115,56 @@ def check(tables: list[Found]) -> None:
     """Every file readable, every column there and of its kind, every picture whole; the first table has the questions.
 
     Raises:
-        InputError: naming file and column, for a picture also the row.
+        InputError: with all that is wrong, one fault a line, naming file and column, for a picture also the row.
     """
+    if found := list(faults(tables)):
+        raise InputError("\n".join(found))
+
+
+def faults(tables: list[Found]) -> Iterator[str]:
+    """What is wrong with a task's files, one sentence a fault; the first table has the questions."""
     import pyarrow.parquet as pq
 
     for found in tables:
-        for file in found.files:
-            _check_columns(file, found)
+        wrong = [fault for file in found.files for fault in _wrong_columns(file, found)]
+        yield from wrong
+        if wrong:
+            continue
         if sum(pq.read_metadata(file).num_rows for file in found.files) == 0:
-            raise InputError(f"{found.files[0]}: has no rows")
-        for column in (name for name, kind in found.table.columns.items() if kind == "image"):
-            _check_pictures(found, column)
+            yield f"{found.files[0]}: has no rows"
+        for column, kind in _picture_columns(found).items():
+            yield from _wrong_pictures(found, column, kind)
         for column, asked in found.table.covers.items():
-            missing = sorted(set(tables[0].values(asked)) - set(found.values(column)))
+            try:
+                missing = sorted(set(tables[0].values(asked)) - set(found.values(column)))
+            except (OSError, KeyError, ValueError):  # of the first table, and told of above
+                continue
             if missing:
                 shown = ", ".join(map(repr, missing[:3]))
-                raise InputError(
+                yield (
                     f"{found.files[0]}, column {column!r}: lacks {len(missing)} of the values in column {asked!r} of"
                     f" {tables[0].files[0]}, for example {shown}"
                 )
 
 
-def _check_columns(file: Path, found: Found) -> None:
+def wrong_counts(tables: list[Found]) -> Iterator[str]:
+    """The tables that do not have the published number of rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for found in tables:
+        try:
+            rows = sum(pq.read_metadata(file).num_rows for file in found.files)
+        except (OSError, pa.ArrowException):
+            continue  # `faults` tells of it
+        if found.table.rows is not None and rows != found.table.rows:
+            yield (
+                f"{found.files[0].parent}: split {found.table.split!r} of {found.table.repository} has {rows:,} rows, but"
+                f" {found.table.rows:,} are published"
+            )
+
+
+def _wrong_columns(file: Path, found: Found) -> list[str]:
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -125,49 +172,90 @@ def _check_columns(file: Path, found: Found) -> None:
     try:
         schema = pq.read_schema(file)
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{file}: not a readable parquet file ({' '.join(str(error).split())})") from None
+        return [f"{file}: not a readable parquet file ({' '.join(str(error).split())})"]
     features = found.features or datasets.Features.from_arrow_schema(schema)
+    wrong = []
     for column, kind in found.table.columns.items():
         if column not in schema.names:
-            raise InputError(f"{file}: no column {column!r} (it has: {', '.join(schema.names)})")
-        if not _is_of(kind, features.get(column)):
-            raise InputError(f"{file}, column {column!r}: is {features.get(column)}, but {kind!r} is needed")
+            wrong.append(f"{file}: no column {column!r} (it has: {', '.join(schema.names)})")
+        elif not _is_of(kind, features.get(column)):
+            wrong.append(f"{file}, column {column!r}: is {features.get(column)}, but {kind!r} is needed")
+    return wrong
+
+
+def _picture_columns(found: Found) -> dict[str, Kind]:
+    """Those that the table names; of a table that names none at all, those that the files hold."""
+    import datasets
+    import pyarrow.parquet as pq
+
+    if found.table.columns:
+        return {name: kind for name, kind in found.table.columns.items() if kind in ("image", "image?", "images")}
+    features = found.features or datasets.Features.from_arrow_schema(pq.read_schema(found.files[0]))
+    own: dict[str, Kind] = {}
+    for name, feature in features.items():
+        if _is_of("images", feature):
+            own[name] = "images"
+        elif _is_of("image", feature):
+            own[name] = "image?"
+    return own
 
 
 def _is_of(kind: Kind, feature: Any) -> bool:
     import datasets
 
-    if kind == "image":
+    if kind in ("image", "image?"):
         return isinstance(feature, datasets.Image)
+    if kind == "images":
+        return _is_of("image", getattr(feature, "feature", None))
     if kind == "strings":
         return _is_of("string", getattr(feature, "feature", None))
     dtype = getattr(feature, "dtype", "")
     return dtype in ("string", "large_string") if kind == "string" else dtype in ("int64", "int32")
 
 
-def _check_pictures(found: Found, column: str) -> None:
+def _wrong_pictures(found: Found, column: str, kind: Kind) -> Iterator[str]:
     """Decode each different picture once: a damaged one must not come to light in the middle of a run."""
     import pyarrow.parquet as pq
 
-    seen = set()
+    seen: set[bytes] = set()
+    wrong = 0
     for file in found.files:
         row = 0
         for batch in pq.ParquetFile(file).iter_batches(batch_size=64, columns=[column]):
             for value in batch.column(0).to_pylist():
-                name = f"{file}, row {row}, column {column!r}"
-                data = value and value["bytes"]
-                if not data:
-                    raise InputError(f"{name}: holds no picture (its bytes must be in the file)")
-                digest = hashlib.sha256(data).digest()
-                if digest not in seen:
-                    open_image(data, name)
-                    seen.add(digest)
+                if fault := _wrong_value(value, kind, f"{file}, row {row}, column {column!r}", seen):
+                    wrong += 1
+                    if wrong <= SHOWN:
+                        yield fault
                 row += 1
+    if wrong > SHOWN:
+        yield f"{found.files[0].parent}, column {column!r}: {wrong - SHOWN} more such pictures"
+
+
+def _wrong_value(value: Any, kind: Kind, name: str, seen: set[bytes]) -> str | None:
+    """What is wrong with one row's picture or pictures; `seen` holds the digests of whole ones and grows."""
+    if kind == "image?" and value is None:
+        return None
+    pictures = value if kind == "images" else [value]
+    for picture in pictures or [None]:
+        data = picture and picture["bytes"]
+        if not data:
+            return f"{name}: holds no picture (its bytes must be in the file)"
+        digest = hashlib.sha256(data).digest()
+        if digest not in seen:
+            try:
+                open_image(data, name)
+            except InputError as error:
+                return str(error)
+            seen.add(digest)
+    return None
 
 
 @contextlib.contextmanager
 def working_from(folder: Path, cache: Path) -> Iterator[None]:
     """Inside, lmms-eval's tasks load from `folder`, no network is asked, and `datasets` caches under `cache` alone.
+
+    A Java that is not on the PATH but known is found by the scorers that call it.
 
     The cache matters: `datasets` knows a local file by its path and time of change, so with a shared one an exchanged
     file could be answered with the rows of the old one. Everything is put back on the way out.
@@ -178,6 +266,9 @@ def working_from(folder: Path, cache: Path) -> Iterator[None]:
 
     cache.mkdir(parents=True, exist_ok=True)
     environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "LMMS_EVAL_DATASETS_CACHE": str(cache)}
+    java = java_folder()
+    if java is not None and shutil.which("java") != str(java / "java"):
+        environment["PATH"] = os.pathsep.join([str(java), os.environ.get("PATH", "")])
     # Both libraries read the environment when they are imported, which may be long ago: so their constants are set too.
     constants = {"HF_HUB_OFFLINE": True, "HF_DATASETS_OFFLINE": True, "HF_DATASETS_CACHE": cache}
     with (

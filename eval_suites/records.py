@@ -195,11 +195,16 @@ def check_same_questions(runs: Sequence[Run]) -> None:
                     raise InputError(f"{folders} differ in the {field} of {task} {doc_id}: {a!r} and {b!r}")
 
 
+# How answers were computed: these may be waived by name (`eval_suites.fairness`), unlike what was asked.
+COMPUTED = ("batch_size", "dtype", "attention", "device", "lmms_eval", "prompts", "exact", "model_args", "batch_check")
+
+
 def _settings(run: Run, pictures: str) -> dict[str, Any]:
-    """What an evaluation's answers depend on, but for the model and the pictures shown."""
+    """What was asked in an evaluation, but for the pictures shown."""
     manifest = run.manifests[pictures]
-    config = {key: value for key, value in manifest["config"].items() if key != "pictures"}
-    return {**config, "data": manifest["inputs"].get("data")}
+    config = {key: value for key, value in manifest["config"].items() if key not in ("pictures", *COMPUTED)}
+    tasks = {name: {**task, "generation": None} for name, task in config.get("suite", {}).get("tasks", {}).items()}
+    return {**config, "suite": {**config.get("suite", {}), "tasks": tasks}, "data": manifest["inputs"].get("data")}
 
 
 def _read_evaluation(folder: Path) -> tuple[dict[Key, Record], dict[str, dict[str, Any]]]:
@@ -210,6 +215,8 @@ def _read_evaluation(folder: Path) -> tuple[dict[Key, Record], dict[str, dict[st
     for task in metrics:
         path = folder / f"{task}.jsonl"
         for number, row in enumerate(_read_jsonl(path), start=1):
+            if "score" in row and row["score"] is None:
+                continue  # counts for no figure of its own: a video beside pictures, or a task that has its figure alone
             try:
                 record = validator.validate_python(row)
             except ValidationError as error:

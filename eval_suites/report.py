@@ -30,6 +30,7 @@ from eval_suites.comparison import (
     verdicts,
 )
 from eval_suites.fairness import settings_table
+from eval_suites.judge import check_judged
 from eval_suites.records import Entry, check_same_questions, read_run
 
 __all__ = ["Entry", "Report", "compare", "print_report"]
@@ -56,6 +57,7 @@ def compare(
     if len({entry.name for entry in entries}) < 2:
         raise InputError(f"a comparison needs two or more towers of different names, not {[e.name for e in entries]}")
     runs = [read_run(entry) for entry in entries]
+    check_judged({str(getattr(run.entry, shown)): run.manifests[shown] for run in runs for shown in run.records})
     check_same_questions(runs)
     settings = settings_table(runs, waived)
     patterns = samples.choose([run.records["real"] for run in first_trainings(runs)], runs[0].suite, data)

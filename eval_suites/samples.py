@@ -87,7 +87,7 @@ class Document:
     """A row of a benchmark's files: where it lies, its question, its picture's bytes."""
 
     place: str
-    question: str
+    question: str | None  # None: the task has none of its own, such as captioning
     picture: bytes | None
 
 
@@ -96,14 +96,16 @@ def read_documents(tables: Sequence[Table], rows: Sequence[int], data: Path) -> 
     questions = tables[0]
     files = find(data, questions).files
     picture = next((column for column, kind in questions.columns.items() if kind == "image"), None)
+    asks = "question" in questions.columns or not questions.columns  # NoCaps has no question
+    question = ["question"] if asks else []
     if picture is not None:
-        found = read_rows(files, ["question", picture], rows)
+        found = read_rows(files, [*question, picture], rows)
         pictures = {i: row[picture] for i, row in found.items()}
     else:
         joined = [
             (table, *pair) for table in tables[1:] for pair in table.covers.items() if "image" in table.columns.values()
         ]
-        found = read_rows(files, ["question", *(asked for _, _, asked in joined[:1])], rows)
+        found = read_rows(files, [*question, *(asked for _, _, asked in joined[:1])], rows)
         pictures = {}
         for table, column, asked in joined[:1]:
             own = find(data, table)
@@ -116,14 +118,16 @@ def read_documents(tables: Sequence[Table], rows: Sequence[int], data: Path) -> 
             pictures = {i: images[places[row[asked]]][picture] for i, row in found.items()}
     return {
         i: Document(
-            f"{files[0].parent}, row {i}", row["question"].strip(), pictures[i]["bytes"] if i in pictures else None
+            f"{files[0].parent}, row {i}",
+            row["question"].strip() if asks else None,
+            pictures[i]["bytes"] if i in pictures else None,
         )
         for i, row in found.items()
     }
 
 
 def _sample(records: list[Record], document: Document) -> Sample:
-    if document.question != records[0].question.strip():
+    if document.question is not None and document.question != records[0].question.strip():
         raise InputError(
             f"{document.place}: holds the question {document.question!r}, but {records[0].task} {records[0].doc_id} that was "
             f"answered is {records[0].question!r}; give the folder of the benchmarks that were evaluated"

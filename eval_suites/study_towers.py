@@ -195,7 +195,7 @@ def commands(config: TowerStudyConfig, training: Training, learning_rate: float 
     for key, starter, kind, package, values, own_values, run in stages:
         recipes, settings = settings_of(key, values, own_values)
         try:
-            loaded = load_config(kind, [recipe_path(package, name) for name in recipes], settings)
+            loaded: Any = load_config(kind, [recipe_path(package, name) for name in recipes], settings)
         except InputError as error:
             raise InputError(f"{key}: {error}") from None
         stage = ["eval", "run"] if key == "evaluate" else [key]

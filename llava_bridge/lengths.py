@@ -1,7 +1,7 @@
 """How many tokens each conversation has: found once, by all processes together, and kept with the run.
 
-The order of a training follows from the lengths of all samples, and mix-665K takes one process a quarter of an hour to render and tokenize.
-So the processes of a launch deal the work out between them through the run's folder, and a run that goes on finds it done.
+The order of a training follows from the lengths of all samples, and mix-665K takes one process a quarter of an hour to render
+and tokenize. So the processes of a launch deal the work out through the run's folder, and a run that goes on finds it done.
 """
 
 import hashlib

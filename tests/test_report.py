@@ -589,7 +589,8 @@ def refused(entries: list[Entry], folder: Path, out: Path, match: str) -> None:
         ({"doc_id": 999}, "do not hold the same questions: pope 3 is in one of them only"),
         ({"doc_id": 2}, r"pope\.jsonl, line 4: a second answer to question 2"),
         ({"score": 1.5}, r"pope\.jsonl, line 4, score: Input should be less than or equal to 1"),
-        ({"score": None}, r"pope\.jsonl, line 4, score: .*run the evaluation again"),
+        ({"score": "right"}, r"pope\.jsonl, line 4, score: .*run the evaluation again"),
+        ({"score": None}, "do not hold the same questions: pope 3 is in one of them only"),  # counts for no figure
     ],
 )
 def test_other_questions_are_refused(
@@ -632,9 +633,19 @@ def test_answers_of_another_model_are_refused(copies: list[Entry], folder: Path,
 
 def test_evaluations_under_other_settings_are_refused(copies: list[Entry], folder: Path, tmp_path: Path):
     manifest = read_json(copies[1].real / "manifest.json")
-    manifest["config"]["dtype"] = "bfloat16"
+    manifest["config"]["dtype"] = "bfloat16"  # how it was computed: may be waived
     write_json(copies[1].real / "manifest.json", manifest)
-    refused(copies, folder, tmp_path, 'were evaluated differently .*dtype: "float32" → "bfloat16"')
+    refused(
+        copies,
+        folder,
+        tmp_path,
+        r"not only the towers differ \(evaluation\.dtype: clips 'float32', clip_mix 'bfloat16'\)",
+    )
+    found = compare(copies, tmp_path / "waived", folder / "benchmarks", waived=["evaluation.dtype"])
+    assert any("evaluation.dtype" in sentence for sentence in found.findings)
+    manifest["config"]["limit"] = 5  # what was asked: may not
+    write_json(copies[1].real / "manifest.json", manifest)
+    refused(copies, folder, tmp_path, r"were evaluated differently \(limit: null → 5\)")
 
 
 def test_towers_need_names_of_their_own(copies: list[Entry], folder: Path, tmp_path: Path):
