@@ -466,7 +466,7 @@ def test_an_interrupt_does_not_wait_for_the_server(shards: Path, tmp_path: Path)
         try:
             wait_for(lambda: len(server.asked) == 3, process)
             process.send_signal(signal.SIGINT)
-            _, errors = process.communicate(timeout=15)
+            _, errors = process.communicate(timeout=25)
         finally:
             process.kill()
     assert "KeyboardInterrupt" in errors and "never retrieved" not in errors

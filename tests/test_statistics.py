@@ -61,7 +61,7 @@ def test_one_question_a_picture_gives_the_paired_t_interval():
     expected = stats.ttest_rel(a, b).confidence_interval(0.95)
     assert found.interval == pytest.approx((expected.low, expected.high))
     assert found.difference == pytest.approx(a.mean() - b.mean())
-    assert (found.n, found.n_clusters) == (80, 80)
+    assert (found.n_samples, found.n_clusters) == (80, 80)
 
 
 def test_clusters_of_one_size_give_the_t_interval_over_cluster_means():
@@ -70,7 +70,7 @@ def test_clusters_of_one_size_give_the_t_interval_over_cluster_means():
     found = paired_difference(a.ravel(), b.ravel(), np.repeat(np.arange(40), 6).tolist())
     expected = stats.ttest_1samp((a - b).mean(axis=1), 0).confidence_interval(0.95)
     assert found.interval == pytest.approx((expected.low, expected.high))
-    assert (found.n, found.n_clusters) == (240, 40)
+    assert (found.n_samples, found.n_clusters) == (240, 40)
 
 
 @pytest.mark.parametrize("alike", [0.0, 0.7])
@@ -141,7 +141,7 @@ def test_more_questions_about_the_same_pictures_do_not_shrink_the_interval():
     once = mean_score(scores, range(60))
     often = mean_score(np.repeat(scores, 10), np.repeat(np.arange(60), 10).tolist())
     assert often.interval == pytest.approx(once.interval)
-    assert (often.n, often.n_clusters) == (600, 60)
+    assert (often.n_samples, often.n_clusters) == (600, 60)
 
 
 def test_recall_interval_is_wilsons():
