@@ -6,6 +6,7 @@ process has claimed. Under torchrun, all processes of a launch train each point 
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,20 +33,39 @@ def point_config(pretrain: Mapping[str, Any], own: Mapping[str, Any], own_keys: 
     Raises:
         InputError: if a key is unknown, wrong, or the study's own.
     """
-    base = dict(pretrain)
-    for key, instead in own_keys.items():
-        if key in base:
-            raise InputError(f"pretrain.{key}: the study sets it; {instead}")
-    recipes = base.pop("recipe", [])
-    recipes = [recipes] if isinstance(recipes, str) else recipes
-    if not isinstance(recipes, list) or not all(isinstance(name, str) for name in recipes):
-        raise InputError(f"pretrain.recipe: must be the name or path of a recipe, or a list of them, not {recipes!r}")
     core = Path(clips_core.__file__).parent
-    settings = [f"{key}={json.dumps(value)}" for values in (base, own) for key, value in leaves(values)]
+    recipes, settings = settings_of("pretrain", pretrain, own, own_keys)
     try:
         return load_config(PretrainConfig, [recipe_path(core, name) for name in recipes], settings)
     except InputError as error:
         raise InputError(f"pretrain: {error}") from None
+
+
+def settings_of(
+    stage: str, values: Mapping[str, Any], own: Mapping[str, Any], own_keys: Mapping[str, str]
+) -> tuple[list[str], list[str]]:
+    """A stage's recipes, and what is laid over them as `key=value`.
+
+    Args:
+        values, own, own_keys: as of `point_config`, for any stage.
+
+    Raises:
+        InputError: if a key is the study's own, or `recipe` names none.
+    """
+    values = dict(values)
+    for key, instead in own_keys.items():
+        if key in values:
+            raise InputError(f"{stage}.{key}: the study sets it; {instead}")
+    recipes = values.pop("recipe", [])
+    recipes = [recipes] if isinstance(recipes, str) else recipes
+    if not isinstance(recipes, list) or not all(isinstance(name, str) for name in recipes):
+        raise InputError(f"{stage}.recipe: must be the name or path of a recipe, or a list of them, not {recipes!r}")
+    return recipes, [f"{key}={written(value)}" for layer in (values, own) for key, value in leaves(layer)]
+
+
+def written(value: Any) -> str:
+    """A value as one would type it: a path or spec as it is, all else as JSON."""
+    return value if isinstance(value, str) and re.fullmatch(r"[\w.:@+-]*/[\w./:@+-]*", value) else json.dumps(value)
 
 
 def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,17 +1,13 @@
 """A study's steps: commands of this package that a reader could have typed, run as processes of their own."""
 
-import json
-import re
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from clips_core.errors import InputError, Stopped
-from eval_suites.grid import leaves
 
 # Keys that the study sets itself, and where to say so instead.
 OWN_KEYS = {
@@ -38,24 +34,6 @@ def launcher(gpus: int) -> list[str]:
     if gpus == 1:
         return [sys.executable]
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
-
-
-def settings_of(key: str, values: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Recipes and `key=value` overrides of a stage."""
-    values = dict(values)
-    for name, instead in OWN_KEYS.items():
-        if name in values:
-            raise InputError(f"{key}.{name}: the study sets it; {instead}")
-    recipes = values.pop("recipe", [])
-    recipes = [recipes] if isinstance(recipes, str) else recipes
-    if not isinstance(recipes, list) or not all(isinstance(name, str) for name in recipes):
-        raise InputError(f"{key}.recipe: must be the name or path of a recipe, or a list of them, not {recipes!r}")
-    return recipes, [f"{name}={written(value)}" for layer in (values, own) for name, value in leaves(layer)]
-
-
-def written(value: Any) -> str:
-    """A value as one would type it: a path or spec as it is, all else as JSON."""
-    return value if isinstance(value, str) and re.fullmatch(r"[\w.:@+-]*/[\w./:@+-]*", value) else json.dumps(value)
 
 
 def run_step(step: Command) -> None:

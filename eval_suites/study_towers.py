@@ -30,8 +30,9 @@ from clips_core.config import FORBID, load_config, recipe_path, to_dict
 from clips_core.errors import InputError
 from clips_core.folders import MANIFEST, claimed, first_difference, read_json, write_bytes, write_json
 from eval_suites.benchmarks import EvalConfig
+from eval_suites.grid import settings_of
 from eval_suites.records import entries_of
-from eval_suites.steps import Command, launcher, run_step, settings_of
+from eval_suites.steps import OWN_KEYS, Command, launcher, run_step
 from eval_suites.sweep import SweepConfig, best_rate, trials
 from llava_bridge.config import AlignConfig, TuneConfig
 
@@ -193,7 +194,7 @@ def commands(config: TowerStudyConfig, training: Training, learning_rate: float 
     ]  # fmt: skip
     found = []
     for key, starter, kind, package, values, own_values, run in stages:
-        recipes, settings = settings_of(key, values, own_values)
+        recipes, settings = settings_of(key, values, own_values, OWN_KEYS)
         try:
             loaded: Any = load_config(kind, [recipe_path(package, name) for name in recipes], settings)
         except InputError as error:
@@ -272,7 +273,7 @@ def compare_finished(config: TowerStudyConfig) -> None:
 
 def _evaluation(config: TowerStudyConfig) -> EvalConfig:
     """What all models are asked, whichever it is."""
-    recipes, settings = settings_of("evaluate", config.evaluate, {"model": "-", "out": "-"})
+    recipes, settings = settings_of("evaluate", config.evaluate, {"model": "-", "out": "-"}, OWN_KEYS)
     package = Path(str(eval_suites.__file__)).parent
     return load_config(EvalConfig, [recipe_path(package, name) for name in recipes], settings)
 

@@ -11,8 +11,8 @@ import llava_bridge
 from clips_core.config import FORBID, load_config, recipe_path, to_dict
 from clips_core.errors import InputError
 from clips_core.folders import MANIFEST, claimed, first_difference, read_json, sha256_file, write_json
-from eval_suites.grid import leaves
-from eval_suites.steps import Command, launcher, run_step, settings_of, written
+from eval_suites.grid import leaves, settings_of, written
+from eval_suites.steps import OWN_KEYS, Command, launcher, run_step
 from llava_bridge.config import AlignConfig
 from llava_bridge.records import read_records
 
@@ -46,7 +46,7 @@ def trials(
     for rate in sweep.rates:
         folder = out / tower / "sweep" / f"{rate:g}"
         trial = {"learning_rate": rate, "samples": sweep.samples, "data": {"json": str(out / "sweep" / "train.json")}}
-        recipes, settings = settings_of("align", align, {**own, **trial, "out": str(folder / "align")})
+        recipes, settings = settings_of("align", align, {**own, **trial, "out": str(folder / "align")}, OWN_KEYS)
         data = {**to_dict(_align_config(recipes, settings).data), "json": str(out / "sweep" / "held_out.json")}
         asked = {"model": str(folder / "align"), "data": data, "out": str(folder / "held_out.json")}
         start, loss = (
@@ -93,7 +93,7 @@ def split_conversations(sweep: SweepConfig, align: Mapping[str, Any], out: Path)
     Raises:
         InputError: if there are too few, or the folder was made of others.
     """
-    recipes, settings = settings_of("align", align, {"tower": "-", "out": "-"})
+    recipes, settings = settings_of("align", align, {"tower": "-", "out": "-"}, OWN_KEYS)
     source = _align_config(recipes, settings).data.json
     made = out / "sweep" / "split.json"
     identity = {"data": sha256_file(source), "held_out": sweep.held_out}
