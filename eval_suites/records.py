@@ -42,12 +42,16 @@ class Entry:
 
 
 def entries_of(folder: Path) -> list[Entry]:
-    """The trainings of one tower: `folder/seed0`, `folder/seed1`, … as `study towers` leaves them, or `folder` itself."""
+    """The trainings of one tower: `folder/seed0`, `folder/seed1`, … as `study towers` leaves them, or `folder` itself.
+
+    The pretraining run is `folder/tower`, or where the tower was pretrained anew for each seed, `folder/seed0/tower`, ….
+    """
     seeds = {int(path.name.removeprefix("seed")): path for path in folder.glob("seed*") if path.name[4:].isdigit()}
     if not seeds:
         return [Entry.of(folder)]
-    tower = folder / "tower" if (folder / "tower").is_dir() else None
-    return [replace(Entry.of(path, folder.name, seed), tower=tower) for seed, path in sorted(seeds.items())]
+    shared = folder / "tower" if (folder / "tower").is_dir() else None
+    found = [Entry.of(path, folder.name, seed) for seed, path in sorted(seeds.items())]
+    return [replace(entry, tower=entry.tower or shared) for entry in found]
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,12 @@ For every tower and seed: stage 1, stage 2, benchmarks; then the comparison. Eve
 construction: all trainings of a seed take their settings from the same keys, see the same data in the same order and start from the
 same projector where the towers' widths agree. With one tower it is the swap.
 
+A spec with {seed} in it is another pretraining for each seed: then the study speaks of ways of pretraining, and not of two towers.
+
 Every step is a command of its own that a reader could have typed (`dry_run` prints them all), goes on where it was
 interrupted, and is passed over once it is finished. They run one after another, or as SLURM jobs, one for each tower and seed.
 
-    OUT/NAME/seed0/{align,tune,eval/real,…}    OUT/NAME/tower -> the pretraining run, where the tower has one
+    OUT/NAME/seed0/{align,tune,eval/real,…}    OUT/NAME/tower, or seed0/tower -> the pretraining run, where the tower has one
     OUT/report.html, report.json               after every seed that all towers have
 """
 
@@ -37,6 +39,7 @@ from eval_suites.sweep import SweepConfig, best_rate, trials
 from llava_bridge.config import AlignConfig, TuneConfig
 
 SETTINGS = "settings.json"  # of a study's folder: what its trainings have in common
+SEED = "{seed}"  # in a tower's spec: the training's seed
 
 
 @dataclass(config=FORBID)
@@ -44,7 +47,7 @@ class TowerStudyConfig:
     """Towers, and the one recipe that they are all put through."""
 
     out: Path  # the study's folder
-    towers: dict[str, str]  # by name: the tower spec, such as clips:runs/clips
+    towers: dict[str, str]  # by name: the tower spec, such as clips:runs/clips, or clips:runs/clips_seed{seed}
     # Keys of `clips-llava align`, `tune` and `eval run`; `recipe` names the recipes that they are laid over.
     align: dict[str, Any]
     tune: dict[str, Any]
@@ -55,7 +58,7 @@ class TowerStudyConfig:
     # By tower: keys of `clips-llava align` that are the tower's own nature, such as {siglip: {image_size: 384}}.
     own: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     sweep: SweepConfig | None = None  # of stage 1's learning rate; null: every tower is trained at align.learning_rate
-    gpus: int = 1  # of this machine, that stages 1 and 2 run on
+    gpus: int = 1  # of this machine, that both stages and the benchmarks run on
     # Options of sbatch, such as '--partition=gpu --gpus=8 --time=24:00:00': each tower and seed becomes a job. null: here and now.
     sbatch: str | None = None
     dry_run: bool = False  # print the commands and stop
@@ -178,7 +181,7 @@ def commands(config: TowerStudyConfig, training: Training, learning_rate: float 
     Raises:
         InputError: if a key is unknown, wrong, or the study's own.
     """
-    folder, spec = config.out / training.tower / f"seed{training.seed}", config.towers[training.tower]
+    folder, spec = config.out / training.tower / f"seed{training.seed}", spec_of(config, training)
     align, tune = folder / "align", folder / "tune"
     seeded = {"tower": spec, "seed": training.seed}
     own = dict(config.own.get(training.tower, {}))
@@ -189,8 +192,7 @@ def commands(config: TowerStudyConfig, training: Training, learning_rate: float 
     stages = [
         ("align", start, AlignConfig, bridge, config.align, {**own, **seeded, "out": str(align)}, align),
         ("tune", start, TuneConfig, bridge, config.tune, {**seeded, "align": str(align), "out": str(tune)}, tune),
-        ("evaluate", [sys.executable], EvalConfig, suites, config.evaluate,
-         {"model": str(tune / "model"), "out": str(folder / "eval")}, None),
+        ("evaluate", start, EvalConfig, suites, config.evaluate, {"model": str(tune), "out": str(folder / "eval")}, None),
     ]  # fmt: skip
     found = []
     for key, starter, kind, package, values, own_values, run in stages:
@@ -205,10 +207,19 @@ def commands(config: TowerStudyConfig, training: Training, learning_rate: float 
     return found
 
 
+def spec_of(config: TowerStudyConfig, training: Training) -> str:
+    """The spec of a training's tower: its own, where towers are pretrained anew for each seed."""
+    return config.towers[training.tower].replace(SEED, str(training.seed))
+
+
 def swept(config: TowerStudyConfig, tower: str) -> tuple[SweepConfig, dict[str, Any], dict[str, Any], Path, str, int]:
     """What a tower's sweep takes (see `eval_suites.sweep.trials`)."""
     assert config.sweep is not None
-    own = {**config.own.get(tower, {}), "tower": config.towers[tower], "seed": config.seeds[0]}
+    own = {
+        **config.own.get(tower, {}),
+        "tower": spec_of(config, Training(tower, config.seeds[0])),
+        "seed": config.seeds[0],
+    }
     return config.sweep, config.align, own, config.out, tower, config.gpus
 
 
@@ -229,6 +240,9 @@ def _agree_on_settings(config: TowerStudyConfig) -> None:
         )
     for name, spec in config.towers.items():
         _link_tower(config.out / name, spec)
+    for training in trainings(config):
+        if SEED in config.towers[training.tower]:
+            _link_tower(config.out / training.tower / f"seed{training.seed}", spec_of(config, training))
 
 
 def _link_tower(folder: Path, spec: str) -> None:
