@@ -8,14 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+from scipy import stats
 
+from clips_core import zero_shot
 from clips_core.config import load_settings
 from clips_core.errors import InputError
 from clips_core.folders import read_json
+from clips_core.formats import load_open_clip
 from eval_suites import study_methods as module
 from eval_suites.cli import main
 from eval_suites.study_methods import MethodStudyConfig, Point, analyse, study_methods, tables, training_order
-from tests.test_pretrain import make_shards
+from tests.test_pretrain import COLOURS, make_shards
 from tests.test_study import make_held_out
 
 PACKAGE = Path(module.__file__).parent
@@ -24,6 +28,21 @@ SMALL = {
     "vision": {"width": 16, "layers": 1, "heads": 2}, "text": {"width": 16, "layers": 1, "heads": 2},
     "decoder": {"width": 16, "layers": 1, "heads": 2},
 }  # fmt: skip
+TEMPLATES = ("{c} stuff", "the upper half is {c}")
+NAME = "clips-pictures-own-seed1"
+
+
+def make_classes(folder: Path) -> Path:
+    """Noisy pictures of one colour above others; the upper one is the class."""
+    rng = np.random.default_rng(1)
+    for name, colour in COLOURS.items():
+        (folder / "test" / name).mkdir(parents=True)
+        for i in range(12):
+            pixels = rng.integers(0, 256, (16, 16, 3))
+            pixels[:8] = (pixels[:8] + 3 * np.array(colour)) // 4
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / "test" / name / f"{i:02d}.png")
+    (folder / "templates.txt").write_text("\n".join(TEMPLATES))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +60,10 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "arms": {"clip_mix": {"method": "clip_mix", "model": {"decoder": None}}, "clips": {"method": "clips"}},
         "baseline": "clip_mix",
         "flops_of": "clips",
+        "classes": {
+            "test": str(make_classes(folder / "classes") / "test"),
+            "templates": str(folder / "classes/templates.txt"),
+        },
         "data": {"jitter": {"data": {"colour_jitter": 0.4}}},
         "grids": [
             {"arms": ["clip_mix", "clips"], "seeds": [0, 1], "budgets": ["pictures", "flops"]},
@@ -119,6 +142,58 @@ def test_a_result_that_is_lost_is_written_again_from_its_run(settings: list[str]
     assert path.read_bytes() == before
 
 
+def test_towers_are_classified_as_clips_core_does_it(finished: Path, settings: list[str]) -> None:
+    classes = Path(settings[0]).parent / "classes" / "test"
+    for name, row in results(finished).items():
+        model, tokenizer = load_open_clip(str(finished / "points" / name))
+        found = zero_shot.classification(model, tokenizer, classes, [text.replace("{c}", "{}") for text in TEMPLATES])
+        own = row["classification"]
+        assert own["scores"] == [int(rank == 0) for rank in found["ranks"]]
+        assert own["top1"] == pytest.approx(found["top1"]) == pytest.approx(np.mean(own["scores"]))
+        assert (own["classes"], own["labels"]) == (sorted(COLOURS), [i for i in range(4) for _ in range(12)])
+    study = read_json(finished / "methods.json")
+    assert study["n_classes"] == 4
+    for row in study["rows"]:
+        assert row["top1"]["n_seeds"] == len(row["seeds"]) and row["top1"]["n_clusters"] == 48
+    told = {seed: results(finished)[f"clips-pictures-own-seed{seed}"]["classification"]["top1"] for seed in (0, 1)}
+    [of_clips] = [row for row in study["rows"] if row["arm"] == "clips" and row["budget"] == "flops"]
+    assert of_clips["top1"]["value"] == pytest.approx(np.mean(list(told.values())))
+
+
+def test_results_without_classification_are_completed_where_the_tower_is_there(
+    settings: list[str], finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = results(finished)
+    shutil.copytree(finished, tmp_path / "study")
+    kept = tmp_path / "study" / "kept"
+    for path in kept.iterdir():  # as they were before there was a classification
+        path.write_text(json.dumps({key: value for key, value in whole[path.stem].items() if key != "classification"}))
+    shutil.rmtree(tmp_path / "study" / "points" / "clip_mix-pictures-own-seed0")
+    manifest = tmp_path / "study" / "points" / NAME / "manifest.json"
+    other = read_json(manifest)
+    other["weights"][module.WEIGHTS] = "0" * 64  # this folder holds another tower than the result is of
+    manifest.write_text(json.dumps(other))
+    arguments = [*settings, f"out={tmp_path / 'study'}", f"results={kept}"]
+    study_methods(config(arguments, "classes=null"))
+    assert "top-1" not in (tmp_path / "study" / "methods.md").read_text()
+    study_methods(config(arguments))
+    assert capsys.readouterr().out.count("8 trainings, 8 finished; 0 to do here") == 2
+    made = results(tmp_path / "study")
+    lacking = {name for name, row in made.items() if "classification" not in row}
+    assert lacking == {"clip_mix-pictures-own-seed0", NAME}
+    assert {name: row for name, row in made.items() if name not in lacking} == {
+        name: row for name, row in whole.items() if name not in lacking
+    }
+    study = read_json(tmp_path / "study" / "methods.json")
+    rows = {row["arm"]: row for row in study["rows"] if (row["budget"], row["data"]) == ("pictures", "own")}
+    assert {arm: (row["recall"]["n_seeds"], row["top1"]["n_seeds"]) for arm, row in rows.items()} == {
+        "clip_mix": (2, 1),
+        "clips": (2, 1),
+    }
+    assert rows["clips"]["difference"] is not None and rows["clips"]["top1_difference"] is None  # no seed in common
+    assert tables(study).count("(of 1)") == 3
+
+
 def test_figures_are_those_of_the_runs(finished: Path) -> None:
     made, study = results(finished), read_json(finished / "methods.json")
     for row in study["rows"]:
@@ -160,6 +235,50 @@ def test_a_difference_takes_the_seeds_that_both_have() -> None:
     assert b["difference"]["difference"] == pytest.approx(b["recall"]["value"] - np.mean(shared))
     assert (a["recall"]["n_seeds"], b["difference"]["n_seeds"]) == (5, 2)
     assert "| b | 2 | 10 |" in tables(study)
+    assert study["n_classes"] is None and b["top1"] is None and "top-1" not in tables(study)
+
+
+def classified(arm: str, seed: int, share: float, pictures: str = "a") -> dict[str, Any]:
+    """A result whose R@1 does not vary and whose top-1 does."""
+    rng = np.random.default_rng([seed, int(1000 * share)])
+    ways: dict[str, Any] = {way: {"R@1": 0.5} for way in ("image_to_text", "text_to_image")}
+    told = {
+        "n_classes": 4,
+        "pictures": pictures,
+        "prompts": "p",
+        "scores": (rng.random(400) < share).astype(int).tolist(),
+    }
+    return {"arm": arm, "budget": "pictures", "data": "own", "seed": seed, "samples": 10, "flops_per_sample": 1.0,
+            "seconds": 1.0, "point": f"{arm}-{seed}", "scores": {way: [0.0, 1.0] for way in ways}, **ways,
+            "classification": told}  # fmt: skip
+
+
+def test_top1_has_its_own_family_of_tests() -> None:
+    made = [classified(arm, seed, share) for arm, share in (("a", 0.5), ("b", 0.6), ("c", 0.52)) for seed in range(4)]
+    study = analyse(made, "a", "a")
+    _, b, c = study["rows"]
+    p = [row["top1_difference"]["p_value"] for row in (b, c)]
+    assert p[0] < 0.03 < p[1]
+    adjusted = [row["top1_difference"]["adjusted_p"] for row in (b, c)]
+    assert adjusted == pytest.approx([2 * p[0], max(2 * p[0], p[1])])  # of two, not of four with those of R@1
+    means = {arm: np.mean([row["classification"]["scores"] for row in made if row["arm"] == arm]) for arm in "ab"}
+    assert b["top1_difference"]["difference"] == pytest.approx(means["b"] - means["a"])
+    assert "top-1 of 4 classes" in tables(study)
+
+
+def test_interval_of_one_training_is_that_of_its_pictures() -> None:
+    row = classified("a", 0, 0.7)
+    [found] = analyse([row], "a", "a")["rows"]
+    hits = sum(row["classification"]["scores"])
+    known = stats.binomtest(hits, 400).proportion_ci(0.95, method="wilson")
+    assert found["top1"]["interval"] == pytest.approx([known.low, known.high], abs=2e-3)
+
+
+def test_trainings_classified_on_different_sets_are_not_compared() -> None:
+    with pytest.raises(
+        InputError, match=r'a-0 and b-0 were classified on different sets \(pictures: "a" → "b"\); delete'
+    ):
+        analyse([classified("a", 0, 0.5), classified("b", 0, 0.5, pictures="b")], "a", "a")
 
 
 @pytest.mark.parametrize(
@@ -173,6 +292,8 @@ def test_a_difference_takes_the_seeds_that_both_have() -> None:
         (["pretrain.method=clip"], r"pretrain\.method: the study sets it; say it in the arms"),
         (["pretrain.evaluation.shards=null"], r"pretrain\.evaluation\.shards: name the held-out pictures"),
         (["arms.clips.metod=clip"], r"did you mean 'method'"),
+        (["classes.tasks=[knn]", "classes.train=x"], r"classes\.tasks must be \[zero_shot\]"),
+        (["classes.test=no_such_folder"], r"no_such_folder: no such folder"),
     ],
 )
 def test_one_clear_error(settings: list[str], tmp_path: Path, more: list[str], message: str) -> None:

@@ -26,20 +26,22 @@ import clips_core.world.build as build
 from clips_core.captions import split_caption
 from clips_core.config import load_config
 from clips_core.errors import InputError
-from clips_core.folders import read_manifest
+from clips_core.folders import read_json, read_manifest, write_json
 from clips_core.world import WorldConfig, make_world
 from clips_core.world.captions import synthetic_caption, web_caption
 from clips_core.world.conversations import tune_record
 from clips_core.world.scenes import FONTS, draw_scene, glyph, render
 from clips_core.world.settings import COLOURS, PATTERNS, PICTOGRAMS, TINTS, WORDS, resolve
+from eval_suites.towers.config import ClassSet
+from eval_suites.towers.sets import read_class_set
 
 SMALL = [
     "counts.pretrain=1200", "counts.retrieval=200", "counts.align=100", "counts.tune=500", "counts.benchmarks.pope=120",
-    "counts.benchmarks.mme=100", "counts.benchmarks.gqa=60", "counts.benchmarks.textvqa=30",
+    "counts.benchmarks.mme=100", "counts.benchmarks.gqa=60", "counts.benchmarks.textvqa=30", "counts.classes=12",
 ]  # fmt: skip
 TINY = [
     "counts.pretrain=30", "counts.retrieval=10", "counts.align=5", "counts.tune=5", "counts.benchmarks.pope=6",
-    "counts.benchmarks.mme=10", "counts.benchmarks.gqa=12", "counts.benchmarks.textvqa=3",
+    "counts.benchmarks.mme=10", "counts.benchmarks.gqa=12", "counts.benchmarks.textvqa=3", "counts.classes=2",
 ]  # fmt: skip
 NAME = "|".join(PICTOGRAMS)
 COLOUR = "|".join(COLOURS)
@@ -424,6 +426,50 @@ def test_retrieval_sentences_are_unique_and_describe_the_whole_scene(
     assert within(recorded, 200, (share + 1 - (1 - share) ** 2) / 2)
 
 
+# ---------------------------------------------------------------------------------------------------- classes
+
+
+def test_class_pictures_show_one_object_of_their_class_and_no_training_picture(
+    world: Path, held_out: set[tuple[str, str]]
+) -> None:
+    samples = shard_samples(world / "classes" / "test")
+    names = (world / "classes" / "classnames.txt").read_text().split()
+    seen: Counter[tuple[str, str]] = Counter()
+    for sample in samples:
+        [thing] = sample["json"]["scene"]["objects"]
+        assert names[int(sample["cls"])] == thing["name"]
+        shown = np.asarray(sample["png"].convert("RGB")).astype(int)
+        left, top, right, bottom = thing["box"]
+        inside = shown[top:bottom, left:right].reshape(-1, 3)
+        share = {c: (np.abs(inside - rgb).max(axis=1) <= 14).mean() for c, rgb in list(COLOURS.items())[:6]}
+        assert max(share, key=lambda c: share[c]) == thing["colour"]
+        pair = (thing["colour"], thing["name"])
+        assert sample["json"]["held_out"] == ([" ".join(pair)] if pair in held_out else [])
+        seen[pair] += 1
+    assert names == list(PICTOGRAMS)[:16] and seen == {(c, n): 2 for c in list(COLOURS)[:6] for n in names}
+
+    def pictures(part: str) -> list[bytes]:
+        return [sample["png"].tobytes() for sample in shard_samples(world / part)]
+
+    own = set(pictures("classes/test"))
+    assert len(own) == len(samples) == 192 and not own & {*pictures("pretrain"), *pictures("retrieval")}
+
+
+def test_class_set_is_read_as_any_other_and_its_prompts_are_web_captions(
+    world: Path, pretrain: list[dict[str, Any]]
+) -> None:
+    found = read_class_set("world", ClassSet(test="classes/test"), world)
+    assert found.spoken == list(PICTOGRAMS)[:16]
+    assert found.test.labels.bincount().tolist() == [12] * 16
+    web = {sample["txt"].lower() for sample in pretrain}
+    for template in found.templates:
+        assert sum(template(name) in web for name in found.spoken) > 4, template("…")
+    tokenizer = BertWordPieceTokenizer(str(world / "vocab.txt"), lowercase=True)
+    prompts = [tokenizer.encode(template(name)) for name in found.spoken for template in found.templates]
+    assert not any("[UNK]" in prompt.tokens for prompt in prompts)
+    assert max(len(prompt.tokens) for prompt in prompts) <= 20
+
+
 # ---------------------------------------------------------------------------------------------------- LLaVA
 
 
@@ -668,6 +714,47 @@ def test_more_pictures_leave_the_first_ones_as_they_are(tmp_path: Path) -> None:
     rules = resolve(config_of(tmp_path, *TINY))
     larger = resolve(replace(rules.config, counts=replace(rules.config.counts, pretrain=5000)))
     assert build.pretrain_sample(rules, 7) == build.pretrain_sample(larger, 7)
+
+
+def test_pictures_and_captions_of_a_config_stay_what_they_were(tmp_path: Path) -> None:
+    """Studies lie about that were drawn by earlier code. (Hashed are scenes and texts, which no library's version changes.)"""
+    rules = resolve(config_of(tmp_path, *TINY))
+    samples = [*(build.pretrain_sample(rules, i) for i in range(30)), *build._retrieval_samples(rules)]
+    content = json.dumps([[sample["txt"], sample["json"]] for sample in samples], sort_keys=True)
+    assert (
+        hashlib.sha256(content.encode()).hexdigest()
+        == "7a005261c14c758094c04ef26c1c9c95cf250c798499d470c86475df8cd685d9"
+    )
+
+
+@pytest.mark.parametrize("before", ["no such key", "none wanted"])
+def test_a_finished_world_without_class_set_gets_it_and_nothing_else_changes(
+    before: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = hashes(make_world(config_of(tmp_path / "whole", *TINY)))
+    without = make_world(config_of(tmp_path / "world", *TINY, "counts.classes=0"))
+    assert whole == hashes(without) | {name: own for name, own in whole.items() if name.startswith("classes/")}
+    assert not (without / "classes").exists()
+    if before == "no such key":  # as worlds were before there were class sets
+        manifest = read_json(without / "manifest.json")
+        del manifest["config"]["counts"]["classes"]
+        write_json(without / "manifest.json", manifest)
+    drawn = {path: path.stat().st_mtime_ns for part in ("pretrain", "retrieval") for path in without.glob(f"{part}/*")}
+    with pytest.raises(InputError, match=r"holds another result.*seed: 0 → 1"):
+        make_world(config_of(without, *TINY, "seed=1"))
+    with monkeypatch.context() as patch:
+
+        def interrupted(rules: Any, folder: Path) -> None:
+            raise KeyboardInterrupt
+
+        patch.setitem(build.PARTS, "classes", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make_world(config_of(without, *TINY))
+    with pytest.raises(InputError, match=r"unfinished world \(counts\.classes: 2 → 3\)"):
+        make_world(config_of(without, *TINY, "counts.classes=3"))
+    assert hashes(make_world(config_of(without, *TINY))) == whole
+    assert {path: path.stat().st_mtime_ns for path in drawn} == drawn
+    assert read_manifest(without)["outputs"] == read_manifest(tmp_path / "whole")["outputs"]
 
 
 def test_an_interrupted_world_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 manifest.json, vocab.txt, contact_sheet.png
 pretrain/shard-*.tar      KEY.png, KEY.txt (web caption), KEY.json {"re_caption", "noise", "scene"}
 retrieval/shard-*.tar     KEY.png, KEY.txt (one sentence, unique), KEY.json {"held_out", "scene"}
+classes/test/shard-*.tar  KEY.png, KEY.cls (its class's number), KEY.json {"held_out", "scene"}; one object each, as many of every
+                          class and colour; classes/ has classnames.txt and zeroshot_classification_templates.txt
 llava/                    align.json, tune.json, images/*.png, scenes.json
 benchmarks/               lmms-lab-encoder/<data set>/…, scenes.json
 """
@@ -22,11 +24,20 @@ from tqdm import tqdm
 from clips_core.captions import split_caption
 from clips_core.config import to_dict
 from clips_core.errors import InputError
-from clips_core.folders import first_difference, is_finished, read_json, write_bytes, write_json, write_manifest
+from clips_core.folders import (
+    MANIFEST,
+    first_difference,
+    is_finished,
+    read_json,
+    read_manifest,
+    write_bytes,
+    write_json,
+    write_manifest,
+)
 from clips_core.shards import Shards, write_shards
 from clips_core.tokenizer import train_vocab
 from clips_core.world.benchmarks import BENCHMARKS, Picture, write_tables
-from clips_core.world.captions import corpus_words, synthetic_caption, web_caption, whole_scene, written
+from clips_core.world.captions import class_prompts, corpus_words, synthetic_caption, web_caption, whole_scene, written
 from clips_core.world.conversations import align_record, tune_record
 from clips_core.world.scenes import FONTS, draw_scene, png, render
 from clips_core.world.settings import Rules, WorldConfig, resolve
@@ -38,6 +49,8 @@ UNFINISHED = ".unfinished.json"  # the config of a world that is being built
 def make_world(config: WorldConfig) -> Path:
     """Build a world, or what is missing of it. The same config gives the same bytes (but for the manifest's environment).
 
+    A finished world without a class set gets one if nothing else of its config differs.
+
     Returns:
         The world's folder.
 
@@ -46,18 +59,20 @@ def make_world(config: WorldConfig) -> Path:
     """
     rules = resolve(config)
     identity = {key: value for key, value in to_dict(config).items() if key != "out"}
+    _reopen(config.out, identity)
     if is_finished(config.out, STAGE, identity, {}):
         return config.out
     _claim(config.out, identity)
     for name, build in PARTS.items():
         part, temporary = config.out / name, config.out / f".{name}.unfinished"
-        if part.exists():
+        if part.exists() or (name == "classes" and not config.counts.classes):
             continue
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         build(rules, temporary)
         os.replace(temporary, part)
-    train_vocab(map(corpus_words, _training_texts(config.out / "pretrain")), config.out / "vocab.txt")
+    if not (config.out / "vocab.txt").exists():
+        train_vocab(map(corpus_words, _training_texts(config.out / "pretrain")), config.out / "vocab.txt")
     write_bytes(config.out / "contact_sheet.png", png(contact_sheet(rules)))
     outputs = {
         "counts": identity["counts"],
@@ -70,6 +85,26 @@ def make_world(config: WorldConfig) -> Path:
     write_manifest(config.out, STAGE, identity, {}, outputs)
     (config.out / UNFINISHED).unlink(missing_ok=True)
     return config.out
+
+
+def _reopen(out: Path, identity: dict[str, Any]) -> None:
+    """Make a finished world without a class set an unfinished one that shall have it.
+
+    Raises:
+        InputError: if more than that differs.
+    """
+    if not (out / MANIFEST).is_file():
+        return
+    found = read_manifest(out)
+    old = found["config"]
+    if found["stage"] != STAGE or old == identity or old["counts"].get("classes"):
+        return
+    with_classes = {**old, "counts": {**old["counts"], "classes": identity["counts"]["classes"]}}
+    difference = first_difference(with_classes, identity, "config")
+    if difference is not None:
+        raise InputError(f"{out} holds another result ({difference}); choose another folder or delete this one")
+    write_json(out / UNFINISHED, identity)  # first, so that what a kill leaves is a world still
+    (out / MANIFEST).unlink()
 
 
 def _claim(out: Path, identity: dict[str, Any]) -> None:
@@ -145,6 +180,28 @@ def _retrieval_samples(rules: Rules) -> Iterator[dict[str, Any]]:
         }
 
 
+def _build_classes(rules: Rules, folder: Path) -> None:
+    """Pictures and names of the classes, as CLIP_benchmark lays them out."""
+    write_shards(_class_samples(rules), folder / "test")
+    (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in rules.pictograms))
+    (folder / "zeroshot_classification_templates.txt").write_text("".join(f"{own}\n" for own in class_prompts(rules)))
+
+
+def _class_samples(rules: Rules) -> Iterator[dict[str, Any]]:
+    """Held-out pictures of one object each, the classes in turn; a class goes through all colours, held-out pairs among them."""
+    lots = [(i, label) for i in range(rules.config.counts.classes) for label in range(len(rules.pictograms))]
+    for index, (i, label) in enumerate(tqdm(lots, desc="world: class pictures", unit="picture")):
+        name = rules.pictograms[label]
+        rng = rules.rng("classes", name, i)
+        scene = draw_scene(rng, rules, [(rules.colours[i % len(rules.colours)], name)])
+        yield {
+            "__key__": f"{index:09d}",
+            "png": png(render(scene, rng, rules.level.clutter)),
+            "cls": str(label),
+            "json": {"held_out": [" ".join(pair) for pair in scene.pairs & rules.held_out], "scene": scene.to_json()},
+        }
+
+
 def _build_llava(rules: Rules, folder: Path) -> None:
     (folder / "images").mkdir()
     scenes = {}
@@ -170,6 +227,7 @@ def _build_benchmarks(rules: Rules, folder: Path) -> None:
 PARTS: dict[str, Callable[[Rules, Path], None]] = {  # first those that can find a config impossible, the longest last
     "benchmarks": _build_benchmarks,
     "retrieval": _build_retrieval,
+    "classes": _build_classes,
     "llava": _build_llava,
     "pretrain": _build_pretrain,
 }

@@ -271,6 +271,11 @@ def _alt_text(scene: Scene, rng: random.Random) -> str:
     return text.title() if rng.random() < 0.3 else text
 
 
+def class_prompts(rules: Rules) -> list[str]:
+    """Web captions that tell what a picture shows, and no colour of it, with {c} for the pictogram's name."""
+    return ["{c}", "{c} icon", *(f"{{c}} on {tint}" for tint in rules.tints)]
+
+
 def corpus_words(caption: str) -> str:
     """A caption for training a vocabulary: numbers of file names taken apart, so that they do not become words."""
     return re.sub(r"(\d)", r" \1 ", caption)

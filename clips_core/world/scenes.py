@@ -99,20 +99,20 @@ def relation(a: Thing, b: Thing) -> str | None:
 # ---------------------------------------------------------------------------------------------------- drawing lots
 
 
-def draw_scene(rng: random.Random, rules: Rules, held_out: HeldOut) -> Scene:
+def draw_scene(rng: random.Random, rules: Rules, objects: HeldOut | list[Pair]) -> Scene:
     """A random scene.
 
     Args:
         rng: the picture's own generator.
         rules: what may occur.
-        held_out: whether the held-out colour–object pairs occur `never` (training), as often as all others (`natural`), or
-            at least once (`always`).
+        objects: the colours and names of its objects; or how they are drawn: so that the held-out colour–object pairs occur
+            `never` (training), as often as all others (`natural`), or at least once (`always`).
     """
     size = rules.config.image_size
     background = Background(rng.choice(rules.patterns), rng.choice(rules.tints))
     word = rng.choice(rules.words) if rng.random() < rules.config.word_rate else None
     word_box = _place_word(rng, word, size) if word else None
-    pairs = _draw_pairs(rng, rules, held_out)
+    pairs = objects if isinstance(objects, list) else _draw_pairs(rng, rules, objects)
     boxes = _place(rng, [name for _, name in pairs], rules, [word_box] if word_box else [])
     things = tuple(Thing(name, colour, box) for (colour, name), box in zip(pairs, boxes, strict=True))
     return Scene(size, things, background, word, word_box)
