@@ -25,11 +25,9 @@ from clips_core.captions import split_caption
 from clips_core.config import to_dict
 from clips_core.errors import InputError
 from clips_core.folders import (
-    MANIFEST,
     first_difference,
     is_finished,
     read_json,
-    read_manifest,
     write_bytes,
     write_json,
     write_manifest,
@@ -49,8 +47,6 @@ UNFINISHED = ".unfinished.json"  # the config of a world that is being built
 def make_world(config: WorldConfig) -> Path:
     """Build a world, or what is missing of it. The same config gives the same bytes (but for the manifest's environment).
 
-    A finished world without a class set gets one if nothing else of its config differs.
-
     Returns:
         The world's folder.
 
@@ -59,7 +55,6 @@ def make_world(config: WorldConfig) -> Path:
     """
     rules = resolve(config)
     identity = {key: value for key, value in to_dict(config).items() if key != "out"}
-    _reopen(config.out, identity)
     if is_finished(config.out, STAGE, identity, {}):
         return config.out
     _claim(config.out, identity)
@@ -85,26 +80,6 @@ def make_world(config: WorldConfig) -> Path:
     write_manifest(config.out, STAGE, identity, {}, outputs)
     (config.out / UNFINISHED).unlink(missing_ok=True)
     return config.out
-
-
-def _reopen(out: Path, identity: dict[str, Any]) -> None:
-    """Make a finished world without a class set an unfinished one that shall have it.
-
-    Raises:
-        InputError: if more than that differs.
-    """
-    if not (out / MANIFEST).is_file():
-        return
-    found = read_manifest(out)
-    old = found["config"]
-    if found["stage"] != STAGE or old == identity or old["counts"].get("classes"):
-        return
-    with_classes = {**old, "counts": {**old["counts"], "classes": identity["counts"]["classes"]}}
-    difference = first_difference(with_classes, identity, "config")
-    if difference is not None:
-        raise InputError(f"{out} holds another result ({difference}); choose another folder or delete this one")
-    write_json(out / UNFINISHED, identity)  # first, so that what a kill leaves is a world still
-    (out / MANIFEST).unlink()
 
 
 def _claim(out: Path, identity: dict[str, Any]) -> None:

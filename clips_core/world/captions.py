@@ -157,7 +157,7 @@ def written(sentences: Sequence[str]) -> str:
     return " ".join(f"{text[0].upper()}{text[1:]}{'!' if text in EXCLAMATIONS else '.'}" for text in sentences)
 
 
-def describe(scene: Scene, rng: random.Random, fewest: int, most: int) -> list[str]:
+def describe(scene: Scene, rng: random.Random, fewest: int, most: int, summary_first: float = 0.8) -> list[str]:
     """`fewest` to `most` sentences: one about the whole scene, as a rule the first, then details, then perhaps the mood."""
     details = [_object_sentence(scene, thing, rng) for thing in rng.sample(scene.things, min(3, len(scene.things)))]
     details.append(_position_sentence(scene, rng))
@@ -173,7 +173,7 @@ def describe(scene: Scene, rng: random.Random, fewest: int, most: int) -> list[s
     mooded = 1 if rng.random() < 0.4 else 0
     kept = details[: length - 1 - mooded]
     fillers = moods[: max(mooded, fewest - 1 - len(kept))]
-    first = 0 if rng.random() < 0.8 else rng.randint(0, len(kept))
+    first = 0 if rng.random() < summary_first else rng.randint(0, len(kept))
     return [*kept[:first], whole_scene(scene, rng), *kept[first:], *fillers]
 
 
@@ -183,7 +183,7 @@ def describe(scene: Scene, rng: random.Random, fewest: int, most: int) -> list[s
 def synthetic_caption(scene: Scene, rules: Rules, rng: random.Random) -> tuple[str, dict[str, str]]:
     """4 to 7 sentences as an MLLM writes them, and what is wrong with them: `hallucination` and `omission`, where they occur."""
     seen, faults = _perceive(scene, rules, rng)
-    return written(describe(seen, rng, 4, 7)), faults
+    return written(describe(seen, rng, 4, 7, rules.config.summary_first)), faults
 
 
 def _perceive(scene: Scene, rules: Rules, rng: random.Random) -> tuple[Scene, dict[str, str]]:

@@ -136,6 +136,9 @@ class WorldConfig:
     word_rate: Rate = 0.35  # share of pictures with a printed word
     companion_rate: Rate = 0.4  # how often a further object comes from the theme of the first one
     repeat_rate: Rate = 0.12  # how often a further object is one that is there already, in another colour
+    summary_first: Rate = (
+        0.8  # share of synthetic captions that begin with the sentence about the whole scene; in others it is anywhere
+    )
     held_out_share: Annotated[float, Field(gt=0.0, lt=0.6)] = (
         0.15  # share of colour–object pairs that training never shows
     )
