@@ -413,7 +413,7 @@ def _skip_step(config: PretrainConfig, step: int, loss: float, norm: float, keys
 
 
 def _summary(result: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in result.items() if name != "ranks"}
+    return {name: value for name, value in result.items() if name not in ("ranks", "owner")}
 
 
 def _sentence(result: dict[str, Any]) -> str:

@@ -172,6 +172,7 @@ def retrieval(image: Tensor, text: Tensor, owner: Tensor | None = None) -> dict[
         **{name: {f"R@{k}": recall(value, k) for k in RECALLS} for name, value in rank.items()},
         "n": pictures,
         "captions": captions,
+        "owner": owner.tolist(),  # the picture of each caption
         "chance": {f"R@{k}": min(1.0, k / pictures) for k in RECALLS},  # exact for one caption a picture
         "ranks": {name: value.tolist() for name, value in rank.items()},
     }

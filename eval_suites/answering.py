@@ -70,18 +70,14 @@ class AnswerLog:
         self.folder, self.stem, self.path = folder, stem, folder / f"{stem}{part.suffix}.jsonl"
         self.answers: dict[int, str] = {}
         self.seconds = 0.0
-        if self.path.exists():
-            text = self.path.read_text(encoding="utf-8")
-            whole = text[: text.rfind("\n") + 1]  # what follows the last newline was cut off by a kill
-            if whole != text:
-                write_bytes(self.path, whole.encode())
+        drop_cut_line(self.path)
         self.read()
 
     def read(self) -> None:
         """What all processes have written by now."""
         self.answers, self.seconds = {}, 0.0
         for path in sorted([self.folder / f"{self.stem}.jsonl", *self.folder.glob(f"{self.stem}.*-of-*.jsonl")]):
-            lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+            lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # the last one may be half written
             for row in map(json.loads, lines):
                 self.answers.setdefault(row["doc_id"], row["answer"])
                 self.seconds += row.get("seconds", 0.0)
@@ -93,6 +89,15 @@ class AnswerLog:
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         self.answers |= answers
         self.seconds += each * len(rows)
+
+
+def drop_cut_line(path: Path) -> None:
+    """Take from a file of lines what a kill cut off: all behind its last newline. It may end within a character."""
+    if path.exists():
+        data = path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if whole != data:
+            write_bytes(path, whole)
 
 
 def batches(lengths: Mapping[int, int], size: int) -> list[list[int]]:

@@ -41,7 +41,7 @@ from clips_core.folders import (
 from eval_suites import definitions
 from eval_suites.answering import AnswerLog, Part, alone, answer_all, batches, check_batches, evenly, this_part
 from eval_suites.cider import cider
-from eval_suites.local_data import Found, Table, check, find, fingerprint, working_from
+from eval_suites.local_data import Found, Table, check, find, fingerprint, working_from, wrong_counts
 from eval_suites.needs import Need, unmet
 from eval_suites.pictures import Pictures, Swap, blank, own, picture_id, shuffled
 from llava_bridge.config import Precision
@@ -57,6 +57,7 @@ INSTALL = f"pip install -r requirements/eval.txt && pip install --no-deps lmms-e
 SUITES = Path(__file__).parent / "suites"
 CATALOGUE = Path(__file__).parent / "catalogue" / "tasks.yaml"
 ATTENTION = "sdpa"
+ADAPTER = "adapter_config.json"  # PEFT's
 UNKNOWN = "unknown"  # a setting that nobody told us
 
 
@@ -84,7 +85,7 @@ class BenchmarkTask:
     target: str | None = None
     """Column with the right answer; None: what the task's definition says."""
     category: str | None = None
-    """Column by which results can be told apart."""
+    """Column by which results can be told apart, `column.field` if that holds several; where a file lacks it, they are not."""
     cluster: list[str] = field(default_factory=list)
     """Columns that say which questions belong together; empty: those that show the same picture."""
     cluster_size: int | None = None
@@ -146,7 +147,8 @@ class EvalConfig:
 
     model: Path | str
     """A stock transformers LLaVA (config, weights, processor with chat template; LlavaNext too): its folder, a run folder of
-    stage 1 or 2 (its adapter is merged), or ORG/NAME[@REVISION] on the hub. Or lmms:NAME, of lmms-eval's own models."""
+    stage 1 or 2 (its adapter is merged), a LoRA adapter's in PEFT's layout, or ORG/NAME[@REVISION] on the hub. Or lmms:NAME,
+    of lmms-eval's own models."""
     data: Path
     """Folder that mirrors the hub: `lmms-lab-encoder/POPE/…parquet`."""
     out: Path
@@ -156,6 +158,8 @@ class EvalConfig:
     pictures: list[Pictures] = field(default_factory=lambda: ["real"])
     limit: int | None = Field(default=None, ge=1)
     """Only the first questions of each task."""
+    partial: bool = False
+    """Take files that do not hold the published number of questions; how many they held is on record."""
     batch_size: int = Field(default=32, ge=1)
     exact: bool = False
     """Answer one question at a time: in bfloat16 too, no answer then depends on another question."""
@@ -173,11 +177,13 @@ class EvalConfig:
 
 
 class Source(NamedTuple):
-    """The model that is asked: a LLaVA's folder, or a name in lmms-eval's registry."""
+    """The model that is asked: a LLaVA's folder, with an adapter or without, or a name in lmms-eval's registry."""
 
     folder: Path | None
     name: str = ""
     arguments: str = ""
+    adapter: Path | None = None
+    """A LoRA adapter's folder, to be merged into the LLaVA; None: the LLaVA is whole."""
 
 
 @dataclass(frozen=True)
@@ -226,6 +232,7 @@ def run_suite(config: EvalConfig) -> Path:
     for name, task in suite.tasks.items():
         check(tables[name])
         _check_questions(task, tables[name][0], config.limit)
+    partial = other_counts(suite, tables, dict.fromkeys(suite.tasks, config.limit), config.partial)
 
     import_lmms_eval()
     device = _device()
@@ -243,7 +250,7 @@ def run_suite(config: EvalConfig) -> Path:
                 for sitting in sittings:
                     _answer(sitting, model, progress)
             for sitting in sittings:
-                _score_when_answered(sitting, suite, config, loaded, ids, terminal)
+                _score_when_answered(sitting, suite, config, loaded, ids, partial, terminal)
     if all(is_finished(run.folder, "eval", run.config, run.inputs) for run in runs):
         shutil.rmtree(out / ".cache", ignore_errors=True)  # of the last of several processes
     return out
@@ -276,9 +283,28 @@ def find_model(config: EvalConfig) -> Source:
         return Source(None, name.removeprefix("lmms:"), config.model_args)
     if config.model_args:
         raise InputError(f"model_args {config.model_args!r} are of an lmms:NAME, and the model is {name}")
+    path = Path(name)
+    if not (path / ADAPTER).is_file():
+        return Source(_model_folder(name))
+    if (path.resolve().parent / MANIFEST).is_file():  # stage 2 wrote it, which knows the model beneath
+        return Source(path.resolve().parent)
+    settings = read_json(path / ADAPTER)
+    base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+    if not base or not (path / "adapter_model.safetensors").is_file():
+        lacking = (
+            "adapter_model.safetensors beside it"
+            if base
+            else "base_model_name_or_path, the LLaVA that it was trained on"
+        )
+        raise InputError(f"{path / ADAPTER}: no {lacking}")
+    return Source(_model_folder(str(base)), adapter=path.resolve())
+
+
+def _model_folder(name: str) -> Path:
+    """A folder as it is; a model of the hub is fetched, or taken from its cache."""
     if not Path(name).exists() and is_repository(name):
-        return Source(download(name, ("*.json", "*.jinja", "*.model", "*.txt"), [WEIGHTS[0]]).resolve())
-    return Source(Path(name).resolve())
+        return download(name, ("*.json", "*.jinja", "*.model", "*.txt"), [WEIGHTS[0]]).resolve()
+    return Path(name).resolve()
 
 
 def load_suite(name: str) -> Suite:
@@ -359,7 +385,11 @@ def _check_written(run: Path, hashes: Mapping[str, str], manifest: Mapping[str, 
 def _fingerprint(source: Source) -> str:
     """As `model_fingerprint`; of one of lmms-eval's models by its name, its arguments and the folders that these name."""
     if source.folder is not None:
-        return model_fingerprint(source.folder)
+        model = model_fingerprint(source.folder)
+        if source.adapter is None:
+            return model
+        hashes = {name: sha256_file(source.adapter / name) for name in (ADAPTER, "adapter_model.safetensors")}
+        return hashlib.sha256(json.dumps({**hashes, "model": model}).encode()).hexdigest()
     values = [part.partition("=")[2] for part in source.arguments.split(",")]
     files = sorted(
         path for value in values if Path(value).is_dir() for path in Path(value).rglob("*") if path.is_file()
@@ -447,6 +477,37 @@ def question_faults(task: BenchmarkTask, questions: Found, limit: int | None = N
                 break
 
 
+def other_counts(
+    suite: Suite, tables: Mapping[str, list[Found]], limits: Mapping[str, int | None], accepted: bool
+) -> dict[str, list[int]]:
+    """The tasks whose files do not hold the published number of questions: [have, published].
+
+    Where only the first questions are asked, these must be there.
+
+    Raises:
+        InputError: if there are such tasks and they are not `accepted`: a download that was cut off must not give a figure.
+    """
+    found: dict[str, list[int]] = {}
+    wrong: list[str] = []
+    for name in suite.tasks:
+        questions, limit = tables[name][0], limits[name]
+        have, published = questions.rows, questions.table.rows
+        if published is None or have == published or (limit is not None and limit <= min(have, published)):
+            continue
+        found[name] = [have, published]
+        wrong += wrong_counts([questions])
+    if wrong and not accepted:
+        raise InputError(
+            "\n".join(
+                [
+                    *dict.fromkeys(wrong),
+                    "Fetch them again (clips-llava eval fetch), or set partial=true to ask what is there",
+                ]
+            )
+        )
+    return found
+
+
 def load_tasks(suite: Suite) -> dict[str, Any]:
     """lmms-eval's task objects by name."""
     from eval_suites.chat_model import generation_settings
@@ -503,7 +564,8 @@ def _load_model(source: Source, run: Run, device: "torch.device") -> "ChatLlava 
     size = run.config["batch_size"]
     if source.folder is None:
         return LmmsModel(source.name, source.arguments, size, device)
-    return ChatLlava(source.folder, getattr(torch, run.config["dtype"]), run.config["attention"], size, device)
+    dtype = getattr(torch, run.config["dtype"])
+    return ChatLlava(source.folder, dtype, run.config["attention"], size, device, source.adapter)
 
 
 def picture_ids(name: str, task: Any, limit: int | None, terminal: Any) -> list[list[str]]:
@@ -631,6 +693,7 @@ def _score_when_answered(
     config: EvalConfig,
     loaded: dict[str, Any],
     ids: dict[str, list[list[str]]],
+    partial: dict[str, list[int]],
     terminal: Any,
 ) -> None:
     """Score a run if all of its questions are answered; else other processes are still at it, and the last one does."""
@@ -649,12 +712,18 @@ def _score_when_answered(
             left = f"{missing} answers of other parts are missing; the part that ends last scores"
             print(f"{run.folder}: this part is done; {left}", file=terminal)
             return
-        _score_run(sitting, suite, config, loaded, ids)
+        _score_run(sitting, suite, config, loaded, ids, partial)
+        print(told(run.folder, suite, read_json(run.folder / "results.json"), partial), file=terminal)
     (run.folder / ".scoring.lock").unlink(missing_ok=True)
 
 
 def _score_run(
-    sitting: Sitting, suite: Suite, config: EvalConfig, loaded: dict[str, Any], ids: dict[str, list[list[str]]]
+    sitting: Sitting,
+    suite: Suite,
+    config: EvalConfig,
+    loaded: dict[str, Any],
+    ids: dict[str, list[list[str]]],
+    partial: dict[str, list[int]],
 ) -> None:
     """Records, figures and manifest from the answers."""
     run = sitting.run
@@ -670,8 +739,24 @@ def _score_run(
             checked[name] = check_batches(answers, alone_too)
     write_json(run.folder / "results.json", results)
     outputs = {"results": results, "seconds": seconds, "batch_check": checked}
-    outputs |= {"model": str(config.model), "data": str(config.data)}
+    outputs |= {"partial": partial, "model": str(config.model), "data": str(config.data)}
     write_manifest(run.folder, "eval", run.config, run.inputs, outputs)
+
+
+def told(
+    folder: Path, suite: Suite, results: Mapping[str, Mapping[str, float]], partial: Mapping[str, Sequence[int]]
+) -> str:
+    """The figures as lines for the terminal, and what is still to be done about the others."""
+    lines = [f"{folder}:"]
+    for name, task in suite.tasks.items():
+        if name not in results:
+            lines.append(f"  {name:20} waits for its judge: clips-llava eval judge {folder} --model … --endpoint …")
+            continue
+        figures = results[name]
+        values = ", ".join(f"{metric} {figures[metric]:.4g}" for metric in task.metrics if metric in figures)
+        whole = f" of {partial[name][1]:,}" if name in partial else ""
+        lines.append(f"  {name:20} {values} ({figures['n']:,}{whole} questions)")
+    return "\n".join(lines)
 
 
 def score_task(
@@ -781,7 +866,7 @@ def _records(
                 "task": name,
                 "doc_id": doc_id,
                 "cluster": " / ".join(cluster),
-                "category": str(doc[spec.category]) if spec.category else "",
+                "category": _category(doc, spec.category),
                 # A task that asks the same of every picture has its question in the prompt alone.
                 "question": str(doc["question"] if "question" in doc else sample["arguments"][0]).strip(),
                 "target": " / ".join(dict.fromkeys(target)) if isinstance(target, list) else str(target),
@@ -790,6 +875,13 @@ def _records(
             }
         )
     return rows
+
+
+def _category(doc: Mapping[str, Any], path: str | None) -> str:
+    value: Any = doc
+    for name in path.split(".") if path else ():
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return "" if value is None or path is None else str(value)
 
 
 def _scores(

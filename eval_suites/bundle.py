@@ -12,7 +12,7 @@ from pathlib import Path
 from clips_core.folders import replacing
 from eval_suites.records import PICTURES, Entry
 
-REPORT = ("report.html", "report.json", "report.csv", "report.tex")
+REPORT = ("report.html", "report.json", "report.csv", "report.tex", "categories.csv")
 # Of each stage's folder: what `read_run` and `fairness` read.
 STAGE_FILES = (
     "manifest.json",
@@ -26,17 +26,20 @@ STAGE_FILES = (
 README = """\
 A comparison of {towers}, made by clips-llava {version}.
 
-towers/     per-sample answers, settings, hashes and logs of every training
-report.*    the comparison as it was published: page, JSON, CSV, LaTeX
-sha256.txt  of every file (sha256sum -c sha256.txt)
+towers/         per-sample answers, settings, hashes and logs of every training
+report.*        the comparison as it was published: page, JSON, CSV, LaTeX
+categories.csv  wins and losses by category
+sha256.txt      of every file (sha256sum -c sha256.txt)
 
 All figures again, without a GPU, weights or benchmark files (pip install clips-llava=={version}):
 
-    clips-llava compare {folders} --out recomputed{waived}
+    clips-llava compare {folders} --out recomputed{waived}{reference}
 """
 
 
-def write_bundle(path: Path, entries: Sequence[Entry], report: Path, waived: Sequence[str] = ()) -> None:
+def write_bundle(
+    path: Path, entries: Sequence[Entry], report: Path, waived: Sequence[str] = (), reference: Path | None = None
+) -> None:
     """Write `path`, a .tar.gz that holds everything `compare` reads of `entries`, and the `report` folder's files.
 
     The same comparison gives the same bytes.
@@ -44,11 +47,14 @@ def write_bundle(path: Path, entries: Sequence[Entry], report: Path, waived: Seq
     names = list(dict.fromkeys(entry.name for entry in entries))
     files = dict(_files(entries))
     files |= {name: (report / name).read_bytes() for name in REPORT}
+    if reference is not None:
+        files["reference/reference.json"] = (reference / "reference.json").read_bytes()
     files["README.txt"] = README.format(
         towers=", ".join(names),
         version=importlib.metadata.version("clips-llava"),
         folders=" ".join(f"towers/{name}" for name in names),
         waived=f" --waive {' '.join(waived)}" if waived else "",
+        reference=" --reference reference" if reference is not None else "",
     ).encode()
     files["sha256.txt"] = "".join(
         f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in sorted(files.items())
@@ -78,7 +84,8 @@ def _files(entries: Sequence[Entry]) -> Iterator[tuple[str, bytes]]:
         for place, folder in {**places, "tower": entry.tower}.items():
             if folder is None:
                 continue
-            target = f"towers/{entry.name}/tower" if place == "tower" else f"{root}/{place}"
+            shared = place == "tower" and {e.tower for e in entries if e.name == entry.name} == {folder}
+            target = f"towers/{entry.name}/tower" if shared else f"{root}/{place}"
             own = {folder / name for name in STAGE_FILES} | (
                 set(folder.glob("*.jsonl")) if place.startswith("eval/") else set()
             )

@@ -4,6 +4,7 @@ Imports torch, transformers and lmms-eval, so `benchmarks.py` imports it when th
 """
 
 import copy
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from PIL import Image, ImageFile
 from clips_core.errors import InputError
 from eval_suites.answering import batches
 from eval_suites.pictures import Swap, own
-from llava_bridge.mllm import load_mllm
+from llava_bridge.methods import merge_lora
+from llava_bridge.mllm import Mllm, load_mllm
 
 # lmms-eval makes PIL fill what is missing of a truncated picture with grey. Here a damaged picture is an error.
 ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -34,18 +36,27 @@ class ChatLlava(lmms):
     Args:
         folder: a stock LLaVA's (LlavaNext included), or a run folder of stage 1 or 2, whose adapter is merged.
         attention: the kernel, by transformers' name.
+        adapter: a LoRA adapter's folder in PEFT's layout, which is merged into it.
     """
 
     is_simple = False  # requests come as chat messages
     accelerator = None  # one process; where lmms-eval finds this attribute it makes no Accelerator of its own
 
     def __init__(
-        self, folder: Path, dtype: torch.dtype, attention: str, batch_size: int = 1, device: torch.device | None = None
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        attention: str,
+        batch_size: int = 1,
+        device: torch.device | None = None,
+        adapter: Path | None = None,
     ):
         super().__init__()
         self.batch_size = batch_size
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model, self.processor = load_mllm(folder, dtype)
+        if adapter is not None:
+            self.model = with_adapter(self.model, adapter)
         self.model.to(self.device).eval().set_attn_implementation(attention)
         if self.model.generation_config.eos_token_id is None:
             raise InputError(f"{folder}/generation_config.json: no eos_token_id, so answers would never end")
@@ -119,6 +130,24 @@ class ChatLlava(lmms):
 
     def clean(self) -> None:
         """lmms-eval would drop the weights after each task; this model answers the next one too."""
+
+
+def with_adapter(model: Mllm, folder: Path) -> Mllm:
+    """The LLaVA with a LoRA adapter merged into it.
+
+    Raises:
+        InputError: if the adapter is damaged, or one of another model: PEFT itself would leave what it does not find untrained.
+    """
+    import peft
+    from safetensors import SafetensorError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*missing adapter keys")
+            adapted = peft.PeftModel.from_pretrained(model, folder)
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, UserWarning, SafetensorError) as error:
+        raise InputError(f"{folder}: not an adapter of its base model ({' '.join(str(error).split())[:300]})") from None
+    return merge_lora(adapted, model.dtype)
 
 
 class LmmsModel:

@@ -22,7 +22,12 @@ from clips_core.errors import InputError, Stopped
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one stage. Exit status 0: done; 2: bad input, said in one line; 130: interrupted, run again to go on; 75: the same, at a
     scheduler's request (SIGTERM)."""
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    if rest:  # argparse takes no second group of settings, behind an option
+        if not hasattr(args, "settings") or any(word.startswith("-") or "=" not in word for word in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.settings += rest
     try:
         args.run(args)
     except InputError as error:
@@ -132,11 +137,14 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("runs", nargs="+", type=Path, metavar="FOLDER", help=holds)
     compare.add_argument("--data", type=Path, help="the benchmarks' files, where the page's pictures come from")
     compare.add_argument(
-        "--out", required=True, type=Path, help="gets report.html, report.json, report.csv, report.tex"
+        "--out", required=True, type=Path, help="gets report.html, report.json, report.csv, report.tex, categories.csv"
     )
     compare.add_argument("--bundle", type=Path, metavar="FILE.tar.gz", help="an archive that recomputes every figure")
     compare.add_argument(
         "--waive", nargs="+", default=[], metavar="KEY", help="settings that may differ besides the towers"
+    )
+    compare.add_argument(
+        "--reference", type=Path, metavar="FOLDER", help="of a `study reference`: the anchor, shown on the page"
     )
     compare.set_defaults(run=_compare)
 
@@ -148,6 +156,13 @@ def _parser() -> argparse.ArgumentParser:
     _configured(
         kinds, "towers", "stages 1 and 2, benchmarks and comparison of towers, all else the same", _study_towers
     )
+    _configured(
+        kinds,
+        "reference",
+        "LLaVA-1.5 as released and trained here, beside what is published: the anchor",
+        _study_reference,
+    )
+    kinds.choices["reference"].add_argument("--dry-run", action="store_true", help="print the commands and stop")
     towers = kinds.choices["towers"]
     towers.add_argument(
         "--towers", nargs="+", metavar="[NAME=]SPEC", help="the towers, as `clips-llava tower` takes them"
@@ -406,9 +421,9 @@ def _compare(args: argparse.Namespace) -> None:
     from eval_suites.report import compare
 
     entries = [entry for folder in args.runs for entry in entries_of(folder)]
-    compare(entries, args.out, args.data, waived=args.waive)
+    compare(entries, args.out, args.data, waived=args.waive, reference=args.reference)
     if args.bundle is not None:
-        write_bundle(args.bundle, entries, args.out, args.waive)
+        write_bundle(args.bundle, entries, args.out, args.waive, args.reference)
 
 
 def _study_captions(args: argparse.Namespace) -> None:
@@ -423,6 +438,14 @@ def _study_methods(args: argparse.Namespace) -> None:
     from eval_suites.study_methods import MethodStudyConfig, study_methods
 
     study_methods(_config(MethodStudyConfig, args, eval_suites))
+
+
+def _study_reference(args: argparse.Namespace) -> None:
+    import eval_suites
+    from eval_suites.reference import ReferenceConfig, study_reference
+
+    args.settings += ["dry_run=true"] if args.dry_run else []
+    study_reference(_config(ReferenceConfig, args, eval_suites))
 
 
 def _study_towers(args: argparse.Namespace) -> None:

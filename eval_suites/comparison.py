@@ -2,14 +2,16 @@
 
 Towers are compared in pairs on the same questions. The primary comparison, declared here and not chosen by its outcome, is the mean
 over the suite's benchmarks of the standardised difference. All others are secondary and get Holm's adjusted p-values before
-one is called a difference. Each model is also compared with itself shown a blank picture and other questions' pictures. With
-several trainings of each tower, paired by seed, figures and sentences speak of these recipes; with one, of these models.
+one is called a difference: a benchmark's accuracy, MME's points, recall. Categories within benchmarks are a look around, in
+`eval_suites.categories`. Each model is also compared with itself shown a blank picture and other questions' pictures. With
+several trainings of each tower, paired by seed, figures and sentences speak of these recipes; with one, of these checkpoints.
 """
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +20,27 @@ from numpy.typing import NDArray
 
 from clips_core.errors import InputError
 from clips_core.folders import environment
+from eval_suites.anchor import Anchor
+from eval_suites.asked import batch_sentence, evaluation_of, judge_sentence, judges_of
+from eval_suites.categories import Category, by_category, categories_of
 from eval_suites.fairness import Setting
+from eval_suites.published import Beside
 from eval_suites.records import PICTURES, Key, Record, Run
 from eval_suites.statistics import (
+    MME_COGNITION,
+    MME_PERCEPTION,
     Difference,
     Inference,
     Mean,
     holm,
     mean_score,
+    mme_difference,
+    mme_score,
     paired_answers,
     paired_difference,
     recall_interval,
     standardised_difference,
+    told_apart,
 )
 
 SUITE = "suite"  # all benchmarks, each counting alike: the primary comparison
@@ -38,14 +49,21 @@ ACCURACY = "accuracy"  # the mean per-sample score
 STANDARDISED = "standardised difference"  # of accuracies, over the standard deviation of a question's score
 DIRECTIONS = {"image_to_text": "picture → caption", "text_to_image": "caption → picture"}
 RECALLS = ("R@1", "R@5", "R@10")
+# MME's two sums, in points; what lmms-eval calls them, and the categories that they are over.
+MME_POINTS = {
+    "MME perception": ("mme_perception_score", MME_PERCEPTION),
+    "MME cognition": ("mme_cognition_score", MME_COGNITION),
+}
 CONTROLS = ("blank", "shuffled")  # pictures shown instead of the right ones
-ALPHA = 0.05
 AIM_RECALL = 0.10  # R@1 both ways of a tower trained by the method `clips`
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Mean score of `a` minus that of `b` over the same `n` samples. Of SUITE, in standard deviations of a question's score."""
+    """Mean score of `a` minus that of `b` over the same `n` samples. Of SUITE, in standard deviations of a question's score.
+
+    Of the metrics MME_POINTS it is in MME's points.
+    """
 
     benchmark: str
     metric: str
@@ -76,11 +94,15 @@ class Report:
     towers: dict[str, dict[str, Any]]
     comparisons: list[Comparison]  # between towers
     controls: list[Comparison]  # of a model with itself, shown other pictures
+    categories: list[Category]  # between towers, within benchmarks
     seconds: dict[str, float]
     environment: dict[str, Any]
     findings: list[str]  # sentences; the first is the headline
     settings: list[Setting]  # of all trainings: identical, or differing by the towers' nature or otherwise
     aims: list[Aim]
+    published: Beside = field(default_factory=Beside)
+    anchor: Anchor | None = None
+    anchored: list[str] = field(default_factory=list)  # sentences on the anchor
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; the aims stand among the findings."""
@@ -115,6 +137,12 @@ def by_tower(runs: Sequence[Run]) -> dict[str, Trainings]:
     return dict(towers)
 
 
+def of_each_pretraining(own: Trainings) -> Trainings:
+    """One training for each pretraining of a tower: all where the tower was pretrained anew for each seed, else the first."""
+    folders = {run.entry.tower and run.entry.tower.resolve() for run in own}
+    return own if None not in folders and len(folders) == len(own) else own[:1]
+
+
 def first_trainings(runs: Sequence[Run]) -> list[Run]:
     """Of each tower the training whose answers and curves are shown."""
     return [own[0] for own in by_tower(runs).values()]
@@ -135,9 +163,13 @@ def analyse(runs: Sequence[Run], seconds: Mapping[str, float], settings: Sequenc
         *(
             row
             for a, b in pairs
-            for row in (suite(a, b), *(answers(group, keys, a, b) for group, keys in groups.items()))
+            for row in (
+                suite(a, b),
+                *(answers(group, keys, a, b) for group, keys in groups.items()),
+                *mme_points(a, b),
+            )
         ),
-        *(row for a, b in pairs for row in retrievals(a[0], b[0])),
+        *(row for a, b in pairs for row in retrievals(of_each_pretraining(a), of_each_pretraining(b))),
     ]
     controls = [
         _answered(
@@ -153,6 +185,8 @@ def analyse(runs: Sequence[Run], seconds: Mapping[str, float], settings: Sequenc
         if all(pictures in run.records for run in own)
         for group, keys in groups.items()
     ]
+    parts = categories_of(runs[0].records["real"], runs[0].suite)
+    categories = [row for a, b in pairs for row in by_category(a, b, parts)]
     read = {stage: value for run in runs for stage, value in stage_seconds(run, len(runs) > len(towers)).items()}
     stages = {stage: value for stage, value in read.items() if whole_stage(stage) not in seconds}
     aims = [aim for name, own in trainings.items() for aim in aims_of(own, towers[name], controls)]
@@ -160,7 +194,9 @@ def analyse(runs: Sequence[Run], seconds: Mapping[str, float], settings: Sequenc
         f"Aim {'met' if aim.met else 'missed'}: {aim.text} ({aim.figures})." for aim in aims
     ]
     findings += [waiver_sentence(setting) for setting in settings if setting.waived]
-    return Report(towers, comparisons, controls, {**seconds, **stages}, environment(), findings, list(settings), aims)
+    return Report(
+        towers, comparisons, controls, categories, {**seconds, **stages}, environment(), findings, list(settings), aims
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- figures
@@ -194,9 +230,10 @@ def question_groups(records: Mapping[Key, Record]) -> dict[str, list[Key]]:
 
 def tower_figures(own: Trainings, groups: Mapping[str, list[Key]]) -> dict[str, Any]:
     """One tower's part of report.json: paths and figures, means over its trainings."""
-    first = own[0]
+    first, towers = own[0], of_each_pretraining(own)
     trained = first.manifests["tower"]["outputs"] if "tower" in first.manifests else {}
     costs = ("method", "parameters", "flops_per_sample", "seconds", "samples")
+    measured = [run.zero_shot for run in towers if run.zero_shot]
     benchmarks: dict[str, Any] = {}
     for group, keys in groups.items():
         real, *controls = (
@@ -204,8 +241,15 @@ def tower_figures(own: Trainings, groups: Mapping[str, list[Key]]) -> dict[str, 
         )
         assert real is not None
         benchmarks[group] = {**real, **dict(zip(CONTROLS, controls, strict=True)), "metrics": _metrics(own, group)}
+        benchmarks[group]["points"] = {
+            metric: _points(own, keys) for metric, keys in mme_questions(own[0], group).items()
+        }
     return {
-        "tower": {"path": _path(first.entry.tower), **{name: trained.get(name) for name in costs}},
+        "tower": {
+            "path": _path(first.entry.tower),
+            "pretrainings": len(towers),
+            **{name: trained.get(name) for name in costs},
+        },
         "mllm": {
             "path": _path(first.entry.tune and first.entry.tune / "model"),
             "align": _path(first.entry.align),
@@ -213,8 +257,10 @@ def tower_figures(own: Trainings, groups: Mapping[str, list[Key]]) -> dict[str, 
             "seeds": [run.seed for run in own],
             "seconds": {stage: first.seconds.get(stage) for stage in ("align", "tune")},
         },
-        "zero_shot": zero_shot_figures(first.zero_shot) if first.zero_shot else None,
+        "zero_shot": zero_shot_figures(measured) if len(measured) == len(towers) else None,
         "benchmarks": benchmarks,
+        "evaluation": evaluation_of(own),
+        "judges": judges_of(own),
     }
 
 
@@ -228,15 +274,46 @@ def _metrics(own: Trainings, task: str) -> dict[str, float]:
     return {name: float(np.mean([run.metrics["real"][task][name] for run in own])) for name in first}
 
 
-def zero_shot_figures(zero_shot: Mapping[str, Any]) -> dict[str, Any]:
-    """Recalls both ways as measured, with chance and Wilson's intervals."""
-    n = zero_shot["n"]
-    figures = {"n": n, "chance": zero_shot["chance"]} | {direction: zero_shot[direction] for direction in DIRECTIONS}
-    intervals = {
-        direction: {recall: recall_interval(round(zero_shot[direction][recall] * n), n) for recall in RECALLS}
+def zero_shot_figures(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Recalls both ways, means over a tower's pretrainings, with chance and intervals."""
+    first = measured[0]
+    means = {
+        direction: {recall: float(np.mean([own[direction][recall] for own in measured])) for recall in RECALLS}
         for direction in DIRECTIONS
     }
-    return figures | {"intervals": intervals}
+    intervals = {
+        direction: {recall: _recall_interval(measured, direction, recall) for recall in RECALLS}
+        for direction in DIRECTIONS
+    }
+    return {"n": first["n"], "chance": first["chance"], **means, "intervals": intervals}
+
+
+def _recall_interval(measured: Sequence[Mapping[str, Any]], direction: str, recall: str) -> tuple[float, float]:
+    """A picture's captions are queries that belong together. If nobody kept whose they are, pictures alone are counted: too
+    wide an interval rather than too short a one."""
+    first = measured[0]
+    pictures = query_pictures(first, direction)
+    if pictures and all("ranks" in own for own in measured):
+        return mean_score(_hits(measured, direction, recall), pictures).interval
+    return recall_interval(round(first[direction][recall] * first["n"]), first["n"])
+
+
+def _hits(measured: Sequence[Mapping[str, Any]], direction: str, recall: str) -> Scores:
+    """Whether each query found what it should, [pretrainings, queries]."""
+    return (np.array([own["ranks"][direction] for own in measured]) < depth(recall)).astype(np.float64)
+
+
+def query_pictures(zero_shot: Mapping[str, Any], direction: str) -> list[int] | None:
+    """The picture that each query is, or belongs to; None: pictures have several captions, and it is not known which."""
+    n = zero_shot["n"]
+    if direction == "image_to_text" or zero_shot.get("captions", n) == n:
+        return list(range(n))
+    return zero_shot.get("owner")
+
+
+def depth(recall: str) -> int:
+    """R@5 → 5"""
+    return int(recall.removeprefix("R@"))
 
 
 def suite(a: Trainings, b: Trainings) -> Comparison:
@@ -252,19 +329,49 @@ def answers(group: str, keys: list[Key], a: Trainings, b: Trainings) -> Comparis
     )
 
 
-def retrievals(a: Run, b: Run) -> list[Comparison]:
-    """Two towers' hits on the same queries, where both runs kept the rank of each."""
-    if not (a.zero_shot and b.zero_shot and "ranks" in a.zero_shot and "ranks" in b.zero_shot):
+def mme_questions(run: Run, task: str) -> dict[str, list[Key]]:
+    """The questions of MME's perception and of its cognition, those that the task has; empty for any other task.
+
+    Half a pair has no points: of a run that was cut off inside one (an import may be) there is nothing.
+    """
+    asks = run.suite.tasks[task].metrics if task in run.suite.tasks else []
+    records = run.records["real"]
+    found = {}
+    for metric, (name, categories) in MME_POINTS.items():
+        keys = [key for key, record in records.items() if key[0] == task and record.category in categories]
+        if name in asks and keys and set(Counter(records[key].cluster for key in keys).values()) == {2}:
+            found[metric] = keys
+    return found
+
+
+def mme_points(a: Trainings, b: Trainings) -> list[Comparison]:
+    """Two towers' models by MME's own sums, shown the right pictures."""
+    rows = []
+    for task in a[0].suite.tasks:
+        for metric, keys in mme_questions(a[0], task).items():
+            found = mme_difference(
+                _scores(a, "real", keys), _scores(b, "real", keys), _clusters(a, keys), _categories(a, keys)
+            )
+            rows.append(_row(task, metric, a[0].name, b[0].name, found))
+    return rows
+
+
+def retrievals(a: Trainings, b: Trainings) -> list[Comparison]:
+    """Two towers' hits on the same queries, where all runs kept the rank of each and the pictures of these are known.
+
+    Args:
+        a, b: a run for each pretraining.
+    """
+    measured = [[run.zero_shot for run in own if run.zero_shot and "ranks" in run.zero_shot] for own in (a, b)]
+    if len(a) != len(b) or any(len(own) < len(a) for own in measured):
         return []
     rows = []
     for direction, recall in itertools.product(DIRECTIONS, RECALLS):
-        k = int(recall.removeprefix("R@"))
-        hits, other = (
-            [float(rank < k) for rank in run.zero_shot["ranks"][direction]] for run in (a, b) if run.zero_shot
-        )
-        if len(hits) == len(other):
-            found = paired_difference(hits, other, range(len(hits)))
-            rows.append(_row(f"retrieval, {DIRECTIONS[direction]}", recall, a.name, b.name, found))
+        hits, other = (_hits(own, direction, recall) for own in measured)
+        pictures, others = (query_pictures(own[0], direction) for own in measured)
+        if pictures and pictures == others and hits.shape == other.shape:
+            found = paired_difference(hits, other, pictures)
+            rows.append(_row(f"retrieval, {DIRECTIONS[direction]}", recall, a[0].name, b[0].name, found))
     return rows
 
 
@@ -278,10 +385,24 @@ def _clusters(own: Trainings, keys: Sequence[Key]) -> list[tuple[str, str]]:
     return [(key[0], own[0].records["real"][key].cluster) for key in keys]
 
 
+def _categories(own: Trainings, keys: Sequence[Key]) -> list[str]:
+    return [own[0].records["real"][key].category for key in keys]
+
+
 def _mean(own: Trainings, pictures: str, keys: Sequence[Key]) -> dict[str, Any]:
-    mean: Mean = mean_score(_scores(own, pictures, keys), _clusters(own, keys))
+    return _plain(ACCURACY, mean_score(_scores(own, pictures, keys), _clusters(own, keys)))
+
+
+def _points(own: Trainings, keys: Sequence[Key]) -> dict[str, Any]:
+    """MME's points with their interval, and `most`: 200 for each category."""
+    categories = _categories(own, keys)
+    mean = mme_score(_scores(own, "real", keys), _clusters(own, keys), categories)
+    return {**_plain("value", mean), "most": 200 * len(set(categories))}
+
+
+def _plain(name: str, mean: Mean) -> dict[str, Any]:
     return {
-        ACCURACY: mean.value, "interval": mean.interval, "n": mean.n_samples, "n_seeds": mean.n_seeds,
+        name: mean.value, "interval": mean.interval, "n": mean.n_samples, "n_seeds": mean.n_seeds,
         "n_clusters": mean.n_clusters, "inference": mean.inference,
     }  # fmt: skip
 
@@ -315,7 +436,7 @@ def verdicts(rows: Sequence[Comparison]) -> list[str | None]:
 
 
 def _better(row: Comparison, p_value: float) -> str | None:
-    if p_value > ALPHA or row.interval[0] <= 0 <= row.interval[1]:
+    if not told_apart(p_value, row.interval):
         return None
     return row.a if row.difference > 0 else row.b
 
@@ -358,48 +479,64 @@ def sentences(
 ) -> list[str]:
     """What was found, in words; the headline first."""
     primary = [row for row in comparisons if row.benchmark == SUITE]
-    marks = zip(comparisons, verdicts(comparisons), strict=True)  # of all rows, but words for accuracy and R@1 only
+    # Marks are of all rows, words for accuracy, MME's points and R@1 only.
+    marks = zip(comparisons, verdicts(comparisons), strict=True)
     secondary = [
-        (row, better) for row, better in marks if row.benchmark != SUITE and row.metric in (ACCURACY, RECALLS[0])
+        (row, better)
+        for row, better in marks
+        if row.benchmark != SUITE and row.metric in (ACCURACY, RECALLS[0], *MME_POINTS)
     ]
-    found = [sentence for row in primary for sentence in (headline(row), basis_sentence(row, towers))]
+    found = [
+        sentence
+        for row in primary
+        for sentence in (headline(row, pretrained(towers, row.a, row.b)), basis_sentence(row, towers))
+    ]
     for row, better in secondary:
         if better:
             found.append(
-                f"On {row.benchmark}, {better} is better by {points(abs(row.difference), signed=False)} points of "
-                f"{row.metric} ({row.a} − {row.b}: {points(row.difference)} {between(row.interval)}, p {p_text(row.p_value)})."
+                f"On {row.benchmark}, {_of(row)}{better} is better by {amount(row).lstrip('+−')} points of "
+                f"{row.metric} ({row.a} − {row.b}: {amount(row)} {span(row)}, p {p_text(row.p_value)})."
             )
     unclear = [f"{row.benchmark} ({row.metric})" for row, better in secondary if not better]
     if unclear:
-        found.append(f"No difference can be told on {', '.join(unclear)}.")
+        these = " between these checkpoints" if primary[0].inference == "checkpoint" else ""
+        found.append(f"No difference{these} can be told on {', '.join(unclear)}.")
     for name, figures in towers.items():
         if figures["zero_shot"]:
-            found.append(retrieval_sentence(name, figures["zero_shot"]))
+            found.append(retrieval_sentence(name, figures["zero_shot"], pretrained(towers, name)))
     found += [control_sentence(row) for row in controls if row.benchmark == YES_NO and row.b.endswith(", blank")]
+    found += [told for name, own in towers.items() if (told := batch_sentence(name, own["evaluation"]))]
+    found += [judge_sentence(task, judge) for task, judge in next(iter(towers.values()))["judges"].items()]
     found += [cost for a, b in itertools.combinations(towers, 2) if (cost := cost_sentence(a, b, towers))]
-    found.append(reach_sentence(primary[0]))
+    found.append(reach_sentence(primary[0], towers))
     return found
 
 
-def headline(row: Comparison) -> str:
-    """The primary comparison in words."""
+def _of(row: Comparison) -> str:
+    """What a sentence about one training of each must not leave unsaid."""
+    return "of these checkpoints, " if row.inference == "checkpoint" else ""
+
+
+def headline(row: Comparison, pretrainings: int = 1) -> str:
+    """The primary comparison in words.
+
+    Args:
+        pretrainings: of each tower.
+    """
     better = _better(row, row.p_value)
-    subject = (
-        "these two models"
-        if row.inference == "checkpoint"
-        else f"these two towers, with {row.n_seeds} trainings of each"
-    )
+    kind = "checkpoints" if row.inference == "checkpoint" else "towers" if pretrainings == 1 else "ways of pretraining"
+    trained = "" if row.inference == "checkpoint" else f", with {row.n_seeds} trainings of each"
     if better is None:
-        kind = "models" if row.inference == "checkpoint" else "towers"
         return (
-            f"These two {kind} cannot be told apart by their answers: over the suite {row.a} − {row.b} is "
+            f"These two {kind} cannot be told apart by their answers{trained}: over the suite {row.a} − {row.b} is "
             f"{deviations(row.difference)} of a standard deviation {between(row.interval)}."
         )
     signed = (
         between(row.interval, signed=False) if better == row.a else between((-row.interval[1], -row.interval[0]), False)
     )
     verb = "answers better" if row.inference == "checkpoint" else "makes the better LLaVA"
-    return f"Of {subject}, {better} {verb}, by {deviations(abs(row.difference), signed=False)} of a standard deviation {signed}."
+    size = deviations(abs(row.difference), signed=False)
+    return f"Of these two {kind}{trained}, {better} {verb}, by {size} of a standard deviation {signed}."
 
 
 def deviations(value: float, signed: bool = True) -> str:
@@ -423,40 +560,52 @@ def waiver_sentence(setting: Setting) -> str:
     return f"Not only the towers differ: {setting.key} ({values}) was waived."
 
 
-def reach_sentence(row: Comparison) -> str:
+def pretrained(towers: Mapping[str, Mapping[str, Any]], *names: str) -> int:
+    """How often each of `names` was pretrained: as often as the one that was least."""
+    return min(int(towers[name]["tower"]["pretrainings"]) for name in names or towers)
+
+
+def reach_sentence(row: Comparison, towers: Mapping[str, Mapping[str, Any]]) -> str:
     """What the intervals know of, and what not."""
-    if row.inference == "recipe":
+    if row.inference == "checkpoint":
         return (
-            f"Each tower's LLaVA was trained with {row.n_seeds} seeds, so intervals and tests say what other trainings and other "
-            "questions of the same kind could have changed. Each tower itself was pretrained once."
+            "Each tower's LLaVA was trained once, so all this is about these checkpoints: intervals and tests say what other "
+            "questions of the same kind could have changed, not what another training would have."
         )
+    several = pretrained(towers) > 1
     return (
-        "Each tower's LLaVA was trained once, so all this is about these models: intervals and tests say what other questions of "
-        "the same kind could have changed, not what another training would have."
+        f"Each tower's LLaVA was trained with {row.n_seeds} seeds, so intervals and tests say what other trainings and other "
+        "questions of the same kind could have changed. "
+        + (
+            "Each seed had a tower of its own, so that other pretrainings are among them."
+            if several
+            else "Each tower itself was pretrained once."
+        )
     )
 
 
-def retrieval_sentence(name: str, figures: Mapping[str, Any]) -> str:
+def retrieval_sentence(name: str, figures: Mapping[str, Any], pretrainings: int = 1) -> str:
     """R@1 both ways beside chance."""
     ways = [
         f"{label} {percent(figures[direction]['R@1'])} % {between(figures['intervals'][direction]['R@1'], signed=False)}"
         for direction, label in DIRECTIONS.items()
     ]
+    subject = f"this checkpoint of {name}" if pretrainings == 1 else f"{name}, pretrained {pretrainings} times,"
     chance = f"chance {percent(figures['chance']['R@1'])} %"
-    return f"Among {figures['n']} held-out pictures, {name} retrieves with R@1 {' and '.join(ways)}; {chance}."
+    return f"Among {figures['n']} held-out pictures, {subject} retrieves with R@1 {' and '.join(ways)}; {chance}."
 
 
 def control_sentence(row: Comparison) -> str:
     """Whether a model's yes/no answers come from the picture."""
     figures = f"{points(row.difference)} points {between(row.interval)}, p {p_text(row.p_value)}, {row.n} questions"
     better = _better(row, row.p_value)
+    model = f"this checkpoint of the LLaVA with {row.a}" if row.inference == "checkpoint" else f"the LLaVA with {row.a}"
+    subject = model[0].upper() + model[1:]
     if better == row.a:
-        return f"The LLaVA with {row.a} uses the picture: on yes/no questions it beats itself shown a blank one by {figures}."
+        return f"{subject} uses the picture: on yes/no questions it beats itself shown a blank one by {figures}."
     if better == row.b:
-        return f"The LLaVA with {row.a} answers yes/no questions worse than when shown a blank picture: {figures}."
-    return (
-        f"It cannot be told whether the LLaVA with {row.a} uses the picture: yes/no questions, real − blank {figures}."
-    )
+        return f"{subject} answers yes/no questions worse than when shown a blank picture: {figures}."
+    return f"It cannot be told whether {model} uses the picture: yes/no questions, real − blank {figures}."
 
 
 def cost_sentence(a: str, b: str, towers: Mapping[str, Mapping[str, Any]]) -> str | None:
@@ -484,6 +633,19 @@ def points(value: float, signed: bool = True) -> str:
 def between(interval: Sequence[float], signed: bool = True) -> str:
     """(−0.012, 0.034) → [−1.2, +3.4]"""
     return f"[{points(interval[0], signed)}, {points(interval[1], signed)}]"
+
+
+def amount(row: Comparison) -> str:
+    """A row's difference in its own points: percentage points, or MME's (34.2 → +34.2)."""
+    return f"{row.difference:+.1f}".replace("-", "−") if row.metric in MME_POINTS else points(row.difference)
+
+
+def span(row: Comparison) -> str:
+    """A row's interval, as `amount`."""
+    if row.metric in MME_POINTS:
+        low, high = row.interval
+        return f"[{low:+.1f}, {high:+.1f}]".replace("-", "−")
+    return between(row.interval)
 
 
 def p_text(p_value: float) -> str:

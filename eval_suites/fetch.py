@@ -91,11 +91,8 @@ def table_of(checked: Iterable[Checked]) -> str:
 
 
 def _checked(task: str, folder: Path, found: Sequence[Found]) -> Checked:
-    import pyarrow.parquet as pq
-
-    questions = sum(pq.read_metadata(file).num_rows for file in found[0].files)
     size = sum(file.stat().st_size for table in found for file in table.files)
-    return Checked(task, questions, size, fingerprint(folder, list(found)))
+    return Checked(task, found[0].rows, size, fingerprint(folder, list(found)))
 
 
 # ---------------------------------------------------------------------------------------------------------------- from the hub
@@ -103,8 +100,9 @@ def _checked(task: str, folder: Path, found: Sequence[Found]) -> Checked:
 
 def _fetch(repository: str, tables: Sequence[Table], folder: Path, endpoint: str | None) -> None:
     """The files of one data set's tables, and its README, which says which file is which split."""
+    import httpx2  # what huggingface_hub asks by; its own errors for an answer of the hub are kinds of OSError
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
     from huggingface_hub.hf_api import RepoFile
 
     record = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
@@ -136,7 +134,7 @@ def _fetch(repository: str, tables: Sequence[Table], folder: Path, endpoint: str
         _check_room(folder, repository, sum(sizes[path] for path in wanted if not (place / path).is_file()))
         names = [*wanted, *(["README.md"] if readme else [])]
         snapshot_download(repository, allow_patterns=[glob.escape(name) for name in names], **common)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except (httpx2.HTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         told_by = " ".join(str(error).split())[:300]
         raise InputError(
             f"{repository}: not to be had from the hub ({told_by}); run the same command again to go on. A data set behind a form"

@@ -28,6 +28,7 @@ from clips_core.captioners import Endpoint, Outcome, Reply
 from clips_core.config import FORBID
 from clips_core.errors import InputError
 from clips_core.folders import MANIFEST, read_json, read_manifest, write_bytes, write_json
+from eval_suites.answering import drop_cut_line
 from eval_suites.benchmarks import BenchmarkTask, Suite, import_lmms_eval, load_tasks, quiet, suite_of
 from eval_suites.local_data import check, find, fingerprint, working_from
 
@@ -180,7 +181,9 @@ def _judge_folder(folder: Path, config: JudgeConfig) -> None:
 def _judge_task(folder: Path, name: str, spec: BenchmarkTask, task: Any, config: JudgeConfig, terminal: Any) -> None:
     from eval_suites.statistics import with_repeats
 
-    records = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    # Not splitlines: it would cut an answer in two at characters such as U+2028, which JSON leaves as they are.
+    rows_of_run = (folder / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    records = [json.loads(line) for line in rows_of_run]
     docs = {record["doc_id"]: task.eval_docs_no_media[record["doc_id"]] for record in records}
     asked = [_messages(task, docs[record["doc_id"]], ANSWER) for record in records]
     text = "\n".join(str(message["content"]) for message in asked[0])
@@ -274,11 +277,9 @@ def _journal(path: Path) -> dict[tuple[int, int], dict[str, Any]]:
     """The verdicts so far, by doc_id and repeat; what a kill cut off is dropped."""
     if not path.exists():
         return {}
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        write_bytes(path, whole.encode())
-    return {(row["doc_id"], row["repeat"]): row for row in map(json.loads, whole.splitlines())}
+    drop_cut_line(path)
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return {(row["doc_id"], row["repeat"]): row for row in map(json.loads, lines)}
 
 
 # --------------------------------------------------------------------------------------------- the task's own code and prompt

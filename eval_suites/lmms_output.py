@@ -26,6 +26,7 @@ from eval_suites.benchmarks import (
     import_lmms_eval,
     load_suite,
     load_tasks,
+    other_counts,
     picture_ids,
     quiet,
     score_task,
@@ -49,6 +50,8 @@ class ImportConfig:
     """The tasks to take, by the name of a suite or a YAML file. All of them must be in the output."""
     date: str | None = None
     """Where the folder holds several runs: how the names of this one's files begin."""
+    partial: bool = False
+    """Take benchmark files that do not hold the published number of questions."""
     allow_empty: bool = False
     """Take empty answers as answers. Many of lmms-eval's models make an error into one, so they are refused at first."""
 
@@ -73,6 +76,8 @@ def import_output(config: ImportConfig) -> Path:
     }
     for own in tables.values():
         check(own)
+    counts = {name: (len(rows[name]) if _limited(told, name, rows[name]) else None) for name in suite.tasks}
+    partial = other_counts(suite, tables, counts, config.partial)
     import_lmms_eval()
     folder = config.out.resolve() / "real"
     cache = config.out.resolve() / ".cache" / inputs["data"][:16]
@@ -100,6 +105,7 @@ def import_output(config: ImportConfig) -> Path:
                 "reported": reported,
                 "model": _model_name(told),
                 "data": str(config.data),
+                "partial": partial,
                 "imported": {"folder": str(config.folder), "date": told.get("date"), "seconds": _seconds(told)},
             }
             for line in _differences(results, reported):
@@ -146,7 +152,8 @@ def _samples_file(results_file: Path, name: str, task: BenchmarkTask) -> Path:
 def _samples(path: Path, allow_empty: bool) -> dict[int, dict[str, Any]]:
     """By doc_id: the answer before the task's filters, the target, the prompt."""
     found: dict[int, dict[str, Any]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not splitlines: it would cut an answer in two at characters such as U+2028, which JSON leaves as they are.
+    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
         try:
             row = json.loads(line)
             answer = row.get("resps", row["filtered_resps"])
@@ -204,8 +211,7 @@ def _settings(
     config = told.get("config", {})
     if config.get("offset"):
         raise InputError(f"the run began at question {config['offset']} (--offset); the first ones are needed")
-    counts = {name: told.get("n-samples", {}).get(name, {}).get("original") for name in rows}
-    whole = all(counts[name] in (None, len(own)) for name, own in rows.items())
+    whole = not any(_limited(told, name, own) for name, own in rows.items())
     other = [
         name
         for name, asked in requests.items()
@@ -227,6 +233,11 @@ def _settings(
         "suite": to_dict(suite),
         **({"prompts": prompts} if prompts else {}),  # which are not the task's default ones
     }
+
+
+def _limited(told: Mapping[str, Any], name: str, rows: Mapping[int, Any]) -> bool:
+    """Whether only the first of a task's questions were asked."""
+    return told.get("n-samples", {}).get(name, {}).get("original") not in (None, len(rows))
 
 
 def _as_asked(spec: BenchmarkTask, task: Any, told: Mapping[str, Any], name: str) -> BenchmarkTask:

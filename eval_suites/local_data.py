@@ -22,7 +22,7 @@ from clips_core.folders import sha256_file
 from clips_core.images import open_image
 from eval_suites.needs import java_folder
 
-# image?: a row may have none; images: a list, at least one a row
+# int64: an integer of any width; image?: a row may have none; images: a list, at least one a row
 Kind = Literal["string", "int64", "strings", "image", "image?", "images"]
 SHOWN = 3  # of the faulty pictures of a column
 
@@ -41,7 +41,7 @@ class Table:
     covers: dict[str, str] = field(default_factory=dict)
     """A column here → a column of the task's first table, all of whose values must be found here."""
     rows: int | None = None
-    """How many the published split has; None: not known. `eval check` compares, a run takes what is there."""
+    """How many the published split has; None: not known. Another number is an error, unless a run is told to take a part."""
     revision: str | None = None
     """The data set's commit for `eval fetch`; None: the newest, which it records."""
 
@@ -54,6 +54,13 @@ class Found:
     files: tuple[Path, ...]
     features: Any
     """`datasets.Features`, or None where only the parquet files say it."""
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        import pyarrow.parquet as pq
+
+        return sum(pq.read_metadata(file).num_rows for file in self.files)
 
     def values(self, column: str) -> list[Any]:
         """All values of a column that holds no pictures."""
@@ -123,16 +130,14 @@ def check(tables: list[Found]) -> None:
 
 def faults(tables: list[Found]) -> Iterator[str]:
     """What is wrong with a task's files, one sentence a fault; the first table has the questions."""
-    import pyarrow.parquet as pq
-
     for found in tables:
         wrong = [fault for file in found.files for fault in _wrong_columns(file, found)]
         yield from wrong
         if wrong:
             continue
-        if sum(pq.read_metadata(file).num_rows for file in found.files) == 0:
+        if found.rows == 0:
             yield f"{found.files[0]}: has no rows"
-        for column, kind in _picture_columns(found).items():
+        for column, kind in picture_columns(found).items():
             yield from _wrong_pictures(found, column, kind)
         for column, asked in found.table.covers.items():
             try:
@@ -150,11 +155,10 @@ def faults(tables: list[Found]) -> Iterator[str]:
 def wrong_counts(tables: list[Found]) -> Iterator[str]:
     """The tables that do not have the published number of rows."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     for found in tables:
         try:
-            rows = sum(pq.read_metadata(file).num_rows for file in found.files)
+            rows = found.rows
         except (OSError, pa.ArrowException):
             continue  # `faults` tells of it
         if found.table.rows is not None and rows != found.table.rows:
@@ -183,7 +187,7 @@ def _wrong_columns(file: Path, found: Found) -> list[str]:
     return wrong
 
 
-def _picture_columns(found: Found) -> dict[str, Kind]:
+def picture_columns(found: Found) -> dict[str, Kind]:
     """Those that the table names; of a table that names none at all, those that the files hold."""
     import datasets
     import pyarrow.parquet as pq
@@ -210,7 +214,8 @@ def _is_of(kind: Kind, feature: Any) -> bool:
     if kind == "strings":
         return _is_of("string", getattr(feature, "feature", None))
     dtype = getattr(feature, "dtype", "")
-    return dtype in ("string", "large_string") if kind == "string" else dtype in ("int64", "int32")
+    # ScienceQA's answers are int8, TextVQA's question_id is int32.
+    return dtype in ("string", "large_string") if kind == "string" else dtype.startswith(("int", "uint"))
 
 
 def _wrong_pictures(found: Found, column: str, kind: Kind) -> Iterator[str]:

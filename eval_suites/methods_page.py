@@ -9,7 +9,7 @@ MARKS = {"pictures": "o", "flops": "s"}
 
 
 def figure(study: Mapping[str, Any], kind: str) -> bytes:
-    """R@1 of the arms, a dot a budget; and with several data, differences to the baseline over them. The same study, the same bytes.
+    """R@1 of the arms, a dot a budget; and with several data, differences to the baseline over them. Same study, same bytes.
 
     Args:
         study: as `eval_suites.study_methods.analyse` gives it.

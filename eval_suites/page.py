@@ -9,8 +9,20 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from eval_suites import comparison
+from eval_suites.asked import batch_words
+from eval_suites.categories import Category
 from eval_suites.charts import Line, line_chart, short
-from eval_suites.comparison import ACCURACY, ALL, DIRECTIONS, RECALLS, SUITE, YES_NO, Comparison, Report
+from eval_suites.comparison import (
+    ACCURACY,
+    ALL,
+    DIRECTIONS,
+    MME_POINTS,
+    RECALLS,
+    SUITE,
+    YES_NO,
+    Comparison,
+    Report,
+)
 from eval_suites.records import Run
 from eval_suites.samples import Pattern
 
@@ -19,6 +31,14 @@ LABELS = {
     "mme": "MME",
     "gqa": "GQA",
     "textvqa_val": "TextVQA",
+    "textvqa_val_ocr": "TextVQA with OCR tokens",
+    "mmmu_val": "MMMU",
+    "mmvet": "MM-Vet",
+    "chartqa": "ChartQA",
+    "nocaps_val": "NoCaps",
+    "seedbench": "SEED-Bench",
+    "scienceqa_img": "ScienceQA",
+    "ocrbench": "OCRBench",
     ALL: "All questions",
     YES_NO: "Yes/no questions",
 }
@@ -38,6 +58,8 @@ STAGES = {
     "blank": "evaluation, blank pictures",
     "shuffled": "evaluation, shuffled pictures",
 }
+FEW_CATEGORIES = 6  # of a benchmark, that are shown without a click
+LONGEST_WHISKER = 1.5  # of the longest bar of a benchmark's categories; a longer one goes on beyond the axis
 COLOURS = 6  # towers that the style sheet tells apart
 
 
@@ -54,6 +76,8 @@ def environment() -> Environment:
         "percent": comparison.percent,
         "points": comparison.points,
         "between": comparison.between,
+        "amount": comparison.amount,
+        "span": comparison.span,
         "p_text": comparison.p_text,
         "duration": duration,
         "quantity": quantity,
@@ -65,10 +89,11 @@ def environment() -> Environment:
 def render(report: Report, runs: Sequence[Run], patterns: Sequence[Pattern]) -> str:
     """The page as HTML. Every text that comes from data is escaped by the template engine."""
     template = environment()
-    template.filters["setting"] = comparison.short_value
+    template.filters |= {"setting": comparison.short_value, "count": count_text, "batch": batch_words}
     template.filters["label"] = lambda benchmark: LABELS.get(benchmark, benchmark)
     answers = [row for row in report.comparisons if row.metric == ACCURACY]
     primary = next(row for row in report.comparisons if row.benchmark == SUITE)
+    points = [row for row in report.comparisons if row.metric in MME_POINTS]
     retrievals = [row for row in report.comparisons if row.metric in RECALLS]
     names = list(report.towers)
     several = len(runs) > len(names)
@@ -81,11 +106,15 @@ def render(report: Report, runs: Sequence[Run], patterns: Sequence[Pattern]) -> 
         numbers={name: number % COLOURS for number, name in enumerate(names)},
         primary=primary,
         recipes=primary.inference == "recipe",
+        pretrainings=comparison.pretrained(report.towers),
         firsts=comparison.first_trainings(runs),
         headline=report.findings[0],
         basis=report.findings[1],
         answers=comparison.by_benchmark(answers),
+        mme=points,
         retrievals=retrievals,
+        categories=categories_shown(report.categories),
+        few_categories=FEW_CATEGORIES,
         controls=comparison.by_benchmark(report.controls),
         better={
             (row.benchmark, row.metric, row.a, row.b): mark for row, mark in zip(report.comparisons, marks, strict=True)
@@ -96,6 +125,7 @@ def render(report: Report, runs: Sequence[Run], patterns: Sequence[Pattern]) -> 
         },
         limits={
             "answers": limit(answers),
+            "mme": 50.0 * ceil(max((abs(bound) for row in points for bound in row.interval), default=1.0) / 50),
             "retrievals": limit(retrievals),
             "controls": limit(report.controls),
             "primary": limit([primary]),
@@ -119,6 +149,25 @@ def render(report: Report, runs: Sequence[Run], patterns: Sequence[Pattern]) -> 
 def limit(rows: Sequence[Comparison]) -> float:
     """End of the symmetric axis on which all intervals of `rows` fit: a multiple of 5 points."""
     return ceil(max((abs(bound) for row in rows for bound in row.interval), default=1.0) * 20 + 1e-9) / 20
+
+
+def categories_shown(
+    rows: Sequence[Category],
+) -> list[tuple[str, float, list[tuple[tuple[str, str], list[Category]]]]]:
+    """Benchmark, end of its axis, and its categories for each pair of towers, those first on which the first wins most."""
+    shown = []
+    for benchmark in dict.fromkeys(row.benchmark for row in rows):
+        own = [row for row in rows if row.benchmark == benchmark]
+        bars = max(max(row.wins, row.losses) / row.n for row in own)
+        bounds = max(abs(bound) for row in own for bound in row.interval)
+        # Few trainings or questions make intervals so long that they would squash the bars.
+        end = max(min(bounds, LONGEST_WHISKER * bars), *(abs(row.difference) for row in own), bars)
+        pairs = [
+            (pair, sorted((row for row in own if (row.a, row.b) == pair), key=lambda row: -row.difference))
+            for pair in dict.fromkeys((row.a, row.b) for row in own)
+        ]
+        shown.append((benchmark, min(1.0, ceil(end * 20 + 1e-9) / 20), pairs))
+    return shown
 
 
 def own_figures(report: Report) -> list[tuple[str, str, list[float | None]]]:
@@ -175,6 +224,11 @@ def training_charts(runs: Sequence[Run]) -> list[tuple[str, str, Markup]]:
 
 
 # -------------------------------------------------------------------------------------------------------- words
+
+
+def count_text(count: float) -> str:
+    """A number of questions, or a mean of such numbers: 12, 3.7"""
+    return f"{count:.1f}".removesuffix(".0")
 
 
 def duration(seconds: float | None) -> str:

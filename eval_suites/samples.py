@@ -13,7 +13,7 @@ from PIL import Image
 from clips_core.errors import InputError
 from clips_core.images import open_image
 from eval_suites.benchmarks import Suite
-from eval_suites.local_data import Table, find
+from eval_suites.local_data import Table, find, picture_columns
 from eval_suites.records import Key, Record
 
 PER_PATTERN = 4  # questions shown for each pattern of right and wrong answers
@@ -92,15 +92,19 @@ class Document:
 
 
 def read_documents(tables: Sequence[Table], rows: Sequence[int], data: Path) -> dict[int, Document]:
-    """The given rows of a task's first table. A picture may lie in another table, which covers a column of the first."""
-    questions = tables[0]
-    files = find(data, questions).files
-    picture = next((column for column, kind in questions.columns.items() if kind == "image"), None)
-    asks = "question" in questions.columns or not questions.columns  # NoCaps has no question
+    """The given rows of a task's first table, each with the first of its pictures.
+
+    A picture may lie in another table, which covers a column of the first.
+    """
+    questions = find(data, tables[0])
+    files = questions.files
+    picture = next(iter(picture_columns(questions)), None)
+    asks = "question" in column_names(files[0])  # NoCaps has none: the prompt is the same for every picture
     question = ["question"] if asks else []
     if picture is not None:
         found = read_rows(files, [*question, picture], rows)
-        pictures = {i: row[picture] for i, row in found.items()}
+        several = {i: row[picture] if isinstance(row[picture], list) else [row[picture]] for i, row in found.items()}
+        pictures = {i: own[0] for i, own in several.items() if own and own[0] is not None}
     else:
         joined = [
             (table, *pair) for table in tables[1:] for pair in table.covers.items() if "image" in table.columns.values()
@@ -119,7 +123,7 @@ def read_documents(tables: Sequence[Table], rows: Sequence[int], data: Path) -> 
     return {
         i: Document(
             f"{files[0].parent}, row {i}",
-            row["question"].strip() if asks else None,
+            str(row["question"]).strip() if asks else None,
             pictures[i]["bytes"] if i in pictures else None,
         )
         for i, row in found.items()
@@ -141,6 +145,14 @@ def _data_uri(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def column_names(file: Path) -> list[str]:
+    """Of a parquet file."""
+    try:
+        return list(pq.read_schema(file).names)
+    except (OSError, ValueError) as error:  # pyarrow's errors are kinds of these
+        raise InputError(f"{file}: not a readable parquet file ({' '.join(str(error).split())})") from None
 
 
 def read_rows(files: Sequence[Path], columns: list[str], rows: Sequence[int]) -> dict[int, dict[str, Any]]:

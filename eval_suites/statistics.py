@@ -337,17 +337,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def population(result: Mean | Difference) -> str:
-    """What a result speaks of, as a sentence."""
-    if result.inference == "checkpoint":
-        return (
-            "Each tower was trained once, so all this is about these checkpoints: intervals and tests say what other questions of "
-            "the same kind could have changed, not what another training would have."
-        )
-    return (
-        f"Each tower was trained {result.n_seeds} times, in pairs with the same seed, so this is about these recipes: intervals "
-        "and tests say what other questions of the same kind and other seeds could have changed."
-    )
+def told_apart(p_value: float, interval: Sequence[float]) -> bool:
+    """Whether a difference is called one: p, adjusted where it is one of several, is at most 5 %; the interval leaves out zero."""
+    return p_value <= ALPHA and not interval[0] <= 0 <= interval[1]
 
 
 # --------------------------------------------------------------------------------- the two-way random-effects mean

@@ -19,10 +19,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from pydantic.dataclasses import dataclass
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from clips_core.config import FORBID, PretrainConfig, Strategy, to_dict, what_trains
 from clips_core.errors import InputError
@@ -32,6 +29,7 @@ from eval_suites import study_page
 from eval_suites.comparison import between, percent
 from eval_suites.grid import is_finished, point_config, train_points
 from eval_suites.study_curves import LABELS, MEASURES, Result, Study, analyse, scores_by_picture, tokens
+from eval_suites.terminal import table
 
 SETTINGS = "settings.json"  # of a study's folder: what all of its points have in common
 WEIGHTS = "export/open_clip/open_clip_model.safetensors"
@@ -280,20 +278,15 @@ def _standing(config: CaptionStudyConfig, runs: dict[Point, PretrainConfig]) -> 
 
 def print_study(study: Study, console: Console) -> None:
     """All points as a table, then the findings."""
-    table = Table(
-        title="R@1 among held-out pictures in %, mean of both ways and each", title_justify="left", title_style="bold",
-        box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
-    )  # fmt: skip
     several = any(point.trainings > 1 for curve in study.curves for point in curve.points)
-    for column in ("captions", "strategy"):
-        table.add_column(column, no_wrap=True)
-    for column in ("tokens", "R@1", "95 % interval", "→ caption", "→ picture", *(["trainings"] if several else [])):
-        table.add_column(column, justify="right", no_wrap=True)
+    columns = ["captions", "strategy", "tokens", "R@1", "95 % interval", "→ caption", "→ picture"]
+    rows = []
     for row in study.table():
         mean, ways = row["mean"], [percent(row[way].value) for way in MEASURES if way != "mean"]
         cells = [mean.source, LABELS[mean.strategy], str(mean.length), percent(mean.value)]
         cells += [between(mean.interval, signed=False), *ways, *([str(mean.trainings)] if several else [])]
-        table.add_row(*map(Text, cells))
-    console.print(table)
+        rows.append(cells)
+    title = "R@1 among held-out pictures in %, mean of both ways and each"
+    console.print(table(title, [*columns, *(["trainings"] if several else [])], rows, words=2, no_wrap=True))
     for sentence in study.findings:
         console.print(f"• {sentence}", highlight=False, markup=False)

@@ -4,10 +4,10 @@ Arms differ in the method; grids say which of them are trained how often, on whi
 the others, or as many as the same FLOPs pay for. Trainings of one seed start from the same weights where the arms have the same
 parts, and see the same pictures in the same order for as long as both go on.
 
-Under `out`: points/NAME/, as `clips-llava pretrain` leaves them, methods.json, methods.md and the figure. Under `results`: one small JSON a
-training, with all that the tables are made of, picture by picture. Where such a file is there, the training is not run again: the
-folder can be kept under version control, and a study be spread over days and machines. With `classes`, a result without a
-classification gets one as long as the training's folder is there.
+Under `out`: points/NAME/, as `clips-llava pretrain` leaves them, methods.json, methods.md and the figure. Under `results`: one
+small JSON a training, with all that the tables are made of, picture by picture. Where such a file is there, the training is not
+run again: the folder can be kept under version control, and a study be spread over days and machines. With `classes`, a result
+without a classification gets one as long as the training's folder is there.
 """
 
 import contextlib

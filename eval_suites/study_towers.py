@@ -58,6 +58,10 @@ class TowerStudyConfig:
     # By tower: keys of `clips-llava align` that are the tower's own nature, such as {siglip: {image_size: 384}}.
     own: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     sweep: SweepConfig | None = None  # of stage 1's learning rate; null: every tower is trained at align.learning_rate
+    reference: Path | None = None  # folder of a `study reference`: the anchor, shown on the page
+    waive: list[str] = dataclasses.field(
+        default_factory=list
+    )  # settings that may differ after all, as of `clips-llava compare`
     gpus: int = 1  # of this machine, that both stages and the benchmarks run on
     # Options of sbatch, such as '--partition=gpu --gpus=8 --time=24:00:00': each tower and seed becomes a job. null: here and now.
     sbatch: str | None = None
@@ -281,8 +285,14 @@ def compare_finished(config: TowerStudyConfig) -> None:
         [entries[name][seed] for name in config.towers for seed in shared],
         config.out,
         asked.data,
-        waived=["align.learning_rate"] if config.sweep else [],
+        waived=_waived(config),
+        reference=config.reference,
     )
+
+
+def _waived(config: TowerStudyConfig) -> list[str]:
+    """What may differ: besides what the user names, the learning rates that a sweep has found."""
+    return [*config.waive, *(["align.learning_rate"] if config.sweep else [])]
 
 
 def _evaluation(config: TowerStudyConfig) -> EvalConfig:
@@ -295,7 +305,11 @@ def _evaluation(config: TowerStudyConfig) -> EvalConfig:
 def _compare_command(config: TowerStudyConfig) -> str:
     folders = [str(config.out / name) for name in config.towers]
     start = [sys.executable, "-m", "eval_suites.cli", "compare"]
-    return shlex.join([*start, *folders, "--data", str(_evaluation(config).data), "--out", str(config.out)])
+    waived = ["--waive", *_waived(config)] if _waived(config) else []
+    anchor = ["--reference", str(config.reference)] if config.reference is not None else []
+    return shlex.join([
+        *start, *folders, "--data", str(_evaluation(config).data), "--out", str(config.out), *waived, *anchor,
+    ])  # fmt: skip
 
 
 # --- SLURM ----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import yaml
 from PIL import Image
 
-STRING, INT, IMAGE = datasets.Value("string"), datasets.Value("int64"), datasets.Image()
+STRING, IMAGE = datasets.Value("string"), datasets.Image()
+INT8, INT32 = datasets.Value("int8"), datasets.Value("int32")  # as wide as in the published files
 STRINGS, IMAGES = datasets.List(STRING), datasets.List(IMAGE)
 WORDS = ("red", "blue", "green", "yellow", "stop")
 
@@ -85,11 +86,15 @@ def pope(folder: Path, rng: random.Random, n: int) -> None:
 
 def gqa(folder: Path, rng: random.Random, n: int) -> None:
     questions = [
-        {"id": str(i), "imageId": f"n{i % 3}", "question": "What color is the star?", "answer": rng.choice(WORDS)}
+        {
+            "id": str(i), "imageId": f"n{i % 3}", "question": "What color is the star?", "answer": rng.choice(WORDS),
+            "types": {"detailed": "color", "semantic": "attr", "structural": ("query", "verify")[i % 2]},
+        }
         for i in range(n)
-    ]
+    ]  # fmt: skip
     pictures = [{"id": f"n{i}", "image": png(rng)} for i in range(3)]
     features = dict.fromkeys(("id", "imageId", "question", "answer"), STRING)
+    features["types"] = dict.fromkeys(("detailed", "semantic", "structural"), STRING)
     write(folder, "lmms-lab-encoder/GQA", "testdev", features, questions, "testdev_balanced_instructions")
     write(
         folder, "lmms-lab-encoder/GQA", "testdev", {"id": STRING, "image": IMAGE}, pictures, "testdev_balanced_images"
@@ -119,7 +124,7 @@ def nocaps_val(folder: Path, rng: random.Random, n: int) -> None:
         }
         for i in range(n)
     ]  # fmt: skip
-    features = {"image": IMAGE, "image_id": INT, "image_file_name": STRING, "annotations_captions": STRINGS}
+    features = {"image": IMAGE, "image_id": INT32, "image_file_name": STRING, "annotations_captions": STRINGS}
     write(folder, "lmms-lab-encoder/NoCaps", "validation", features, rows)
 
 
@@ -131,7 +136,7 @@ def textvqa_val(folder: Path, rng: random.Random, n: int) -> None:
         }
         for i in range(n)
     ]  # fmt: skip
-    features = {"question_id": INT, "question": STRING, "image": IMAGE, "answers": STRINGS, "ocr_tokens": STRINGS}
+    features = {"question_id": INT32, "question": STRING, "image": IMAGE, "answers": STRINGS, "ocr_tokens": STRINGS}
     write(folder, "lmms-lab-encoder/textvqa", "validation", features, rows)
 
 
@@ -190,7 +195,7 @@ def scienceqa_img(folder: Path, rng: random.Random, n: int) -> None:
         }
         for i in range(n)
     ]  # fmt: skip
-    features = {"image": IMAGE, "question": STRING, "choices": STRINGS, "answer": INT, "hint": STRING}
+    features = {"image": IMAGE, "question": STRING, "choices": STRINGS, "answer": INT8, "hint": STRING}
     write(folder, "lmms-lab-encoder/ScienceQA", "test", features, rows, "ScienceQA-IMG")
 
 

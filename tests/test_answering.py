@@ -27,7 +27,7 @@ from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 from clips_core.errors import InputError
 from clips_core.folders import read_json, read_manifest
 from eval_suites.answering import AnswerLog, Part, batches, check_batches, evenly, this_part
-from eval_suites.benchmarks import EvalConfig, model_fingerprint, run_suite
+from eval_suites.benchmarks import EvalConfig, find_model, model_fingerprint, run_suite
 from llava_bridge.adapters import load_adapter
 from llava_bridge.llm import smollm2
 from llava_bridge.mllm import build_mllm, save_mllm
@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(folder: Path, out: Path, **values: Any) -> EvalConfig:
-    settings = {"batch_size": 4, "precision": "float32", "suite": str(folder / "suite.yaml"), **values}
+    settings = {"batch_size": 4, "precision": "float32", "suite": str(folder / "suite.yaml"), "partial": True, **values}
     return EvalConfig(folder / "model", folder / "data", out, **settings)
 
 
@@ -166,7 +166,9 @@ def test_records_say_how_they_were_made(whole: Path) -> None:
     assert manifest["outputs"]["seconds"]["pope"] == pytest.approx(sum(row["seconds"] for row in logged), abs=0.01)
 
 
-def test_the_share_that_a_batch_changes_is_measured(folder: Path, tmp_path: Path) -> None:
+def test_the_share_that_a_batch_changes_is_measured(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against a run of the same model with batches of one."""
     bf16 = config(folder, tmp_path / "batched", precision="bfloat16", batch_check=1000)
     batched, alone = run_suite(bf16) / "real", run_suite(replace(bf16, out=tmp_path / "exact", exact=True)) / "real"
@@ -183,6 +185,11 @@ def test_the_share_that_a_batch_changes_is_measured(folder: Path, tmp_path: Path
     assert {own["n"] for own in read_manifest(sampled)["outputs"]["batch_check"].values()} == {5}
     with pytest.raises(InputError, match=r"another result .*batch_size: 4 → 1"):
         run_suite(replace(bf16, exact=True))
+    with pytest.raises(InputError, match=r"another result .*dtype: \"bfloat16\" → \"float32\""):
+        run_suite(replace(bf16, precision="float32"))
+    monkeypatch.setattr("eval_suites.benchmarks.ATTENTION", "eager")
+    with pytest.raises(InputError, match=r"another result .*attention: \"sdpa\" → \"eager\""):
+        run_suite(bf16)
 
 
 # ------------------------------------------------------------------------------------------------------- parts and kills
@@ -232,6 +239,16 @@ def test_what_any_part_answered_is_not_asked_again(folder: Path, whole: Path, tm
     assert not {json.loads(line)["doc_id"] for line in lines[:5]} & set(rest)
 
 
+def test_a_kill_within_a_character(tmp_path: Path) -> None:
+    log = AnswerLog(tmp_path, "answers-pope")
+    log.add({0: "a café\u2028there", 1: "é"}, 1.0)
+    whole = log.path.read_bytes()
+    log.path.write_bytes(whole + '{"doc_id": 2, "answer": "é'.encode()[:-1])
+    other = AnswerLog(tmp_path, "answers-pope", Part(0, 2))
+    assert other.answers == {0: "a café\u2028there", 1: "é"}, "another process leaves what it does not own"
+    assert AnswerLog(tmp_path, "answers-pope").answers == other.answers and log.path.read_bytes() == whole
+
+
 def test_parts_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     assert this_part(None) == Part(0, 1) and this_part("2/5") == Part(2, 5)
     monkeypatch.setenv("RANK", "1")
@@ -245,7 +262,7 @@ def test_parts_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def command(folder: Path, out: Path) -> list[str]:
     settings = [f"model={folder / 'model'}", f"data={folder / 'data'}", f"suite={folder / 'suite.yaml'}", f"out={out}"]
-    return ["-m", "eval_suites.cli", "eval", "run", *settings, "batch_size=4", "precision=float32"]
+    return ["-m", "eval_suites.cli", "eval", "run", *settings, "batch_size=4", "precision=float32", "partial=true"]
 
 
 @pytest.mark.slow
@@ -346,6 +363,43 @@ def test_a_llava_next(tmp_path: Path) -> None:
         assert record["answer"] == said.lstrip().partition("\n\n")[0].strip()
 
 
+def test_anybodys_lora_adapter(folder: Path, whole: Path, tmp_path: Path) -> None:
+    """Its answers are those of the LLaVA that PEFT's own arithmetic makes of both; another's adapter is refused."""
+    import peft
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForImageTextToText
+
+    base = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32)
+    torch.manual_seed(3)
+    settings = peft.LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(base, settings)
+    adapted.save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter/adapter_config.json"
+    stated = json.loads(path.read_text())
+    assert stated["base_model_name_or_path"] == str(folder / "model")
+    shutil.copytree(folder / "model", tmp_path / "merged")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+
+    asked = replace(config(folder, tmp_path / "out"), model=tmp_path / "adapter")
+    run = run_suite(asked) / "real"
+    merged = run_suite(replace(asked, model=tmp_path / "merged", out=tmp_path / "merged-out")) / "real"
+    assert results_of(run) == results_of(merged) != results_of(whole)
+    hashes = {read_manifest(each)["inputs"]["model"] for each in (run, merged, whole)}
+    assert len(hashes) == 3
+
+    weights = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    save_file(
+        {f"other.{name}": value for name, value in weights.items()}, tmp_path / "adapter/adapter_model.safetensors"
+    )
+    with pytest.raises(InputError, match=r"another result .*inputs\.model"):
+        run_suite(asked)
+    with pytest.raises(InputError, match=r"adapter: not an adapter of its base model .*missing adapter keys"):
+        run_suite(replace(asked, out=tmp_path / "other"))
+    path.write_text(json.dumps({**stated, "base_model_name_or_path": None}))
+    with pytest.raises(InputError, match="no base_model_name_or_path"):
+        run_suite(replace(asked, out=tmp_path / "other"))
+
+
 @pytest.mark.slow
 def test_a_run_that_kept_its_adapter(tmp_path: Path) -> None:
     """It answers as the folder does into which the adapter is merged."""
@@ -364,11 +418,16 @@ def test_a_run_that_kept_its_adapter(tmp_path: Path) -> None:
     suite = write_suite(tmp_path, ("pope",))
     apart, merged = (
         run_suite(
-            EvalConfig(model, tmp_path / "files", tmp_path / name, suite=suite, precision="float32", batch_size=4)
+            EvalConfig(
+                model, tmp_path / "files", tmp_path / name, suite, precision="float32", batch_size=4, partial=True
+            )
         )
         for model, name in ((run, "apart"), (tmp_path / "merged", "together"))
     )
     assert (apart / "real/pope.jsonl").read_bytes() == (merged / "real/pope.jsonl").read_bytes()
+    assert find_model(EvalConfig(run / "adapter", tmp_path, tmp_path)).folder == run.resolve(), (
+        "told by its own folder too"
+    )
     fingerprint = read_manifest(apart / "real")["inputs"]["model"]
     assert fingerprint == model_fingerprint(run) != read_manifest(merged / "real")["inputs"]["model"]
     weights = run / "adapter/adapter_model.safetensors"

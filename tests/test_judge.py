@@ -18,7 +18,7 @@ from test_benchmarks import make_model
 from clips_core.config import load_config
 from clips_core.errors import InputError
 from clips_core.folders import read_json, read_manifest
-from eval_suites.benchmarks import EvalConfig, run_suite
+from eval_suites.benchmarks import EvalConfig, load_suite, run_suite, told
 from eval_suites.judge import JudgeConfig, check_judged, judge, number
 
 QUESTIONS = 6
@@ -84,7 +84,7 @@ def answered(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "tasks": {"mmvet": {"generation": {"max_new_tokens": 3, "min_new_tokens": 1, "temperature": 0}}, "pope": {}},
     }
     (folder / "suite.yaml").write_text(yaml.safe_dump(suite))
-    run_suite(EvalConfig(make_model(folder / "model"), data, folder / "out", suite=str(folder / "suite.yaml")))
+    run_suite(EvalConfig(make_model(folder / "model"), data, folder / "out", str(folder / "suite.yaml"), partial=True))
     return folder
 
 
@@ -103,6 +103,16 @@ def config(run: Path, server: Judge, **values: Any) -> JudgeConfig:
 def mood(prompt: str, before: int) -> str:
     """A judge whose scores differ from question to question and from time to time: (0.1, 0.2, …) by the prompt's length."""
     return f"{((len(prompt) + before) % 9) / 10} because it is so"
+
+
+def test_the_figures_are_told_and_what_waits(answered: Path) -> None:
+    suite = load_suite(str(answered / "suite.yaml"))
+    lines = told(Path("runs/eval/real"), suite, {"pope": {"pope_accuracy": 0.86553, "n": 6000}}, {"pope": [6000, 9000]})
+    assert [" ".join(line.split()) for line in lines.splitlines()] == [
+        "runs/eval/real:",
+        "mmvet waits for its judge: clips-llava eval judge runs/eval/real --model … --endpoint …",
+        "pope pope_accuracy 0.8655 (6,000 of 9,000 questions)",
+    ]
 
 
 def test_without_a_judge_there_is_no_score(run: Path) -> None:
@@ -172,6 +182,24 @@ def test_a_reply_that_is_no_number_is_asked_again(run: Path) -> None:
     assert [row["score"] for row in records_of(run, "mmvet")] == [0.5] * QUESTIONS
 
 
+def test_lines_are_json_whatever_stands_in_an_answer(run: Path) -> None:
+    """U+2028 ends a line for Python's splitlines, but not in JSON; and a kill may cut a character in two."""
+    path = run / "mmvet.jsonl"
+    rows = records_of(run, "mmvet")
+    rows[2]["answer"] = "red\u2028blue\x85é"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    with Judge(lambda prompt, before: "0.5 so\u2028it is") as server:
+        judge(config(run, server, repeats=1))
+        journal = run / "judge-mmvet.jsonl"
+        whole = journal.read_bytes()
+        journal.write_bytes(whole + '{"doc_id": 0, "replies": ["0.5 é'.encode()[:-1])
+        asked = len(server.bodies)
+        judge(config(run, server, repeats=1))
+        assert len(server.bodies) == asked and journal.read_bytes() == whole
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    assert [json.loads(line)["score"] for line in lines] == [0.5] * QUESTIONS
+
+
 def test_no_number_at_all_is_an_error_and_never_a_zero(run: Path) -> None:
     with (
         Judge(lambda prompt, before: "Excellent!") as server,
@@ -236,7 +264,7 @@ def test_a_judged_run_is_still_the_finished_run(answered: Path, tmp_path: Path) 
     with Judge(mood) as server:
         assert judge(config(out, server, repeats=1)) == [out / "real"], "the folder above is taken too"
     before = (out / "real/manifest.json").read_bytes()
-    run_suite(EvalConfig(answered / "model", answered / "data", out, suite=str(answered / "suite.yaml")))
+    run_suite(EvalConfig(answered / "model", answered / "data", out, suite=str(answered / "suite.yaml"), partial=True))
     assert (out / "real/manifest.json").read_bytes() == before
 
 

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import tarfile
 from dataclasses import dataclass
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,11 @@ from eval_suites.benchmarks import load_suite, model_fingerprint
 from eval_suites.bundle import write_bundle
 from eval_suites.charts import HEIGHT, MOST_POINTS, WIDTH, Line, averaged, line_chart, short, ticks
 from eval_suites.cli import main
-from eval_suites.comparison import Comparison, verdicts
+from eval_suites.comparison import Comparison, between, p_text, points, verdicts
 from eval_suites.page import duration, quantity
 from eval_suites.records import Entry, entries_of
 from eval_suites.report import compare
+from eval_suites.statistics import holm, mean_score, mme_difference, paired_difference
 
 HOSTILE = '</dd><script>alert("1")</script><img src=x onerror=alert(1)>'
 COLOURS = ("red", "green", "blue", "orange")
@@ -259,9 +261,13 @@ def edit(path: Path, line: int, **values: Any) -> None:
 
 
 def test_report_json_has_the_promised_shape(report: dict[str, Any]):
-    assert list(report) == ["towers", "comparisons", "controls", "seconds", "environment", "findings", "settings"]
+    assert list(report) == [
+        *("towers", "comparisons", "controls", "categories", "seconds", "environment", "findings", "settings"),
+        *("published", "anchor", "anchored"),
+    ]  # fmt: skip
     assert list(report["towers"]) == ["clips", "clip_mix"]
-    assert all(list(tower) == ["tower", "mllm", "zero_shot", "benchmarks"] for tower in report["towers"].values())
+    parts = ["tower", "mllm", "zero_shot", "benchmarks", "evaluation", "judges"]
+    assert all(list(tower) == parts for tower in report["towers"].values())
     fields = [
         "benchmark",
         "metric",
@@ -339,6 +345,36 @@ def test_comparisons_are_paired_over_samples(report: dict[str, Any], entries: li
     assert found["p_value"] == pytest.approx(stats.binomtest(only_a, only_a + only_b).pvalue)
 
 
+def test_five_captions_of_a_picture_are_no_five_independent_queries(copies: list[Entry], folder: Path, tmp_path: Path):
+    rng, n = np.random.default_rng(3), 40
+    owner = np.repeat(np.arange(n), 5)
+    ranks = [(rng.integers(0, 3, n)[owner] + rng.integers(0, 2, 5 * n)).tolist() for _ in copies]
+    for entry, own in zip(copies, ranks, strict=True):
+        zero_shot = read_json(entry.tower / "zero_shot.json")
+        zero_shot |= {
+            "n": n,
+            "captions": 5 * n,
+            "text_to_image": {f"R@{k}": float(np.mean(np.array(own) < k)) for k in (1, 5, 10)},
+        }
+        zero_shot["ranks"] = {"image_to_text": zero_shot["ranks"]["image_to_text"][:n], "text_to_image": own}
+        write_json(entry.tower / "zero_shot.json", zero_shot)
+    found = compare(copies, tmp_path / "unknown", folder / "benchmarks")
+    ways = {row.benchmark for row in found.comparisons if row.metric == "R@1"}
+    assert ways == {"retrieval, picture → caption"}  # nobody knows which captions belong together
+    only_pictures = found.towers["clips"]["zero_shot"]["intervals"]["text_to_image"]["R@1"]
+    for entry in copies:
+        zero_shot = read_json(entry.tower / "zero_shot.json")
+        write_json(entry.tower / "zero_shot.json", zero_shot | {"owner": owner.tolist()})
+    found = compare(copies, tmp_path / "known", folder / "benchmarks")
+    hits = [(np.array(own) < 1).astype(float) for own in ranks]
+    row = next(r for r in found.comparisons if (r.benchmark, r.metric) == ("retrieval, caption → picture", "R@1"))
+    assert row.n == 200 and row.interval == paired_difference(*hits, owner.tolist()).interval
+    interval = found.towers["clips"]["zero_shot"]["intervals"]["text_to_image"]["R@1"]
+    assert interval == mean_score(hits[0], owner.tolist()).interval
+    as_if_apart = stats.binomtest(int(hits[0].sum()), 200).proportion_ci(method="wilson")
+    assert np.ptp(as_if_apart) < np.ptp(interval) < np.ptp(only_pictures)
+
+
 def test_controls_compare_a_model_with_itself(report: dict[str, Any], entries: list[Entry]):
     rows = {(row["benchmark"], row["b"]): row for row in report["controls"]}
     assert {b for _, b in rows} == {
@@ -358,13 +394,15 @@ def test_controls_compare_a_model_with_itself(report: dict[str, Any], entries: l
             assert row["n"] == len(differences)
 
 
-def test_sentences_speak_of_these_models(report: dict[str, Any]):
+def test_sentences_speak_of_these_checkpoints(report: dict[str, Any]):
     findings = report["findings"]
     assert re.fullmatch(
-        r"Of these two models, clips answers better, by \d+\.\d % of a standard deviation \[\d+\.\d, \d+\.\d\]\.",
+        r"Of these two checkpoints, clips answers better, by \d+\.\d % of a standard deviation \[\d+\.\d, \d+\.\d\]\.",
         findings[0],
     )
     assert not any("method" in sentence for sentence in findings)
+    for sentence in findings:
+        assert not re.match(r"On |No difference|Among|It cannot|Each tower", sentence) or "checkpoint" in sentence, sentence
     assert sum(sentence.startswith("Aim met: ") for sentence in findings) == 2
     assert any("uses the picture" in sentence for sentence in findings)
 
@@ -381,7 +419,7 @@ def test_models_that_answer_alike_are_not_told_apart(copies: list[Entry], folder
     first = copies[0]
     same = dataclasses.replace(first, name="twin")
     found = compare([first, same], tmp_path / "out", folder / "benchmarks")
-    assert found.findings[0].startswith("These two models cannot be told apart")
+    assert found.findings[0].startswith("These two checkpoints cannot be told apart")
     assert found.comparisons[0].p_value == 1.0
     assert found.comparisons[0].interval[0] < 0 < found.comparisons[0].interval[1]
     assert "clips answers better" not in (tmp_path / "out" / "report.html").read_text()
@@ -395,7 +433,8 @@ def test_aims_missed_are_said_to_be(copies: list[Entry], folder: Path, tmp_path:
         shutil.copy(copies[0].real / f"{task}.jsonl", copies[0].blank)
     found = compare(copies, tmp_path / "out", folder / "benchmarks")
     assert [aim.met for aim in found.aims] == [False, False]
-    assert any("cannot be told whether the LLaVA with clips uses the picture" in finding for finding in found.findings)
+    unsure = "cannot be told whether this checkpoint of the LLaVA with clips uses the picture"
+    assert any(unsure in finding for finding in found.findings)
     assert "Aim missed" in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -411,6 +450,83 @@ def test_a_winner_needs_holm_and_the_interval():
         row("textvqa_val", (-0.1, 0.2), 0.3),
     ]
     assert verdicts(rows) == ["a", None, "b", None, None]
+
+
+# ------------------------------------------------------------------------------------- MME's points, categories
+
+
+def mme_points_of(rows: list[dict[str, Any]]) -> float:
+    """MME's score in the words of its paper: accuracy + accuracy+ in percent, summed over the categories."""
+    total = 0.0
+    for category in {row["category"] for row in rows}:
+        own = [row for row in rows if row["category"] == category]
+        pairs = {row["cluster"]: [each["score"] for each in own if each["cluster"] == row["cluster"]] for row in own}
+        total += 100 * sum(row["score"] for row in own) / len(own)
+        total += 100 * sum(min(pair) for pair in pairs.values()) / len(pairs)
+    return total
+
+
+def test_mme_points_stand_beside_its_accuracy(report: dict[str, Any], entries: list[Entry]):
+    own = [list(scores(entry.real, "mme").values()) for entry in entries]
+    expected = [mme_points_of(rows) for rows in own]
+    for entry, value in zip(entries, expected, strict=True):
+        (points,) = report["towers"][entry.name]["benchmarks"]["mme"]["points"].items()
+        assert points[0] == "MME perception"  # the sample world asks nothing of MME's cognition
+        assert points[1]["value"] == pytest.approx(value) and points[1]["most"] == 200
+        assert points[1]["interval"][0] < value < points[1]["interval"][1]
+    (row,) = [row for row in report["comparisons"] if row["metric"] == "MME perception"]
+    assert row["difference"] == pytest.approx(expected[0] - expected[1])
+    found = mme_difference(
+        *([row["score"] for row in rows] for rows in own),
+        [row["cluster"] for row in own[0]],
+        [row["category"] for row in own[0]],
+    )
+    assert (row["benchmark"], row["n"], row["p_value"]) == ("mme", 40, found.p_value)
+    assert row["interval"] == pytest.approx(found.interval)
+    assert all(
+        not figures["points"] for name, figures in report["towers"]["clips"]["benchmarks"].items() if name != "mme"
+    )
+
+
+def test_mme_points_are_one_of_holms_family(report: dict[str, Any]):
+    rows = [Comparison(**row) for row in report["comparisons"]]
+    secondary = [row for row in rows if row.benchmark != "suite"]
+    assert "MME perception" in {row.metric for row in secondary}
+    adjusted = holm([row.p_value for row in secondary])
+    told = [
+        p <= 0.05 and not row.interval[0] <= 0 <= row.interval[1] for row, p in zip(secondary, adjusted, strict=True)
+    ]
+    assert [mark is not None for mark in verdicts(rows)[1:]] == told
+
+
+def test_half_a_pair_has_no_points(copies: list[Entry], folder: Path, tmp_path: Path):
+    """An import of the first questions may end inside a pair."""
+    for entry in copies:
+        for shown in (entry.real, entry.blank, entry.shuffled):
+            path = shown / "mme.jsonl"
+            path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    found = compare(copies, tmp_path / "out", folder / "benchmarks")
+    assert found.towers["clips"]["benchmarks"]["mme"]["points"] == {}
+    assert not any(row.metric == "MME perception" for row in found.comparisons)
+
+
+def test_wins_and_losses_by_category(report: dict[str, Any], entries: list[Entry], html: str):
+    a, b = (scores(entry.real, "pope") for entry in entries)
+    assert [(row["benchmark"], row["category"]) for row in report["categories"]] == [
+        ("pope", "random"), ("pope", "popular"), ("pope", "adversarial"),
+    ]  # fmt: skip
+    text = words_of(html)
+    text = text[text.index("Wins and losses by category") :]
+    for row in report["categories"]:
+        keys = [key for key, own in a.items() if own["category"] == row["category"]]
+        wins = sum(a[key]["score"] > b[key]["score"] for key in keys)
+        losses = sum(a[key]["score"] < b[key]["score"] for key in keys)
+        assert (row["n"], row["wins"], row["losses"]) == (len(keys), wins, losses)
+        figures = [f"{row['category']} {len(keys)}", str(losses), str(wins)]
+        figures.append(" · ".join(f"{100 * value:.1f}" for value in row["accuracy"][::-1]))
+        figures.append(f"{points(row['difference'])} {between(row['interval'])} p {p_text(row['adjusted_p'])}")
+        assert " ".join(figures) in text
+        assert f'aria-label="clips alone {wins}, clip_mix alone {losses} of {len(keys)}; difference' in html
 
 
 # ----------------------------------------------------------------------------------------------------- page
@@ -451,6 +567,11 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
+
+
+def words_of(html: str) -> str:
+    """The page's text, cells apart."""
+    return " ".join(unescape(re.sub(r"<[^>]+>", " ", html)).split())
 
 
 def test_the_page_needs_nothing_else_and_escapes_all_text(html: str):
@@ -780,9 +901,29 @@ def test_several_trainings_speak_of_the_towers(trainings: list[Entry], folder: P
     row = next(row for row in found.comparisons if row.benchmark == "all questions")
     assert row.difference == pytest.approx(np.mean(everything["clips"]) - np.mean(everything["clip_mix"]))
     assert row.n == primary.n == len(everything["clips"]) / 3
+    own = {
+        name: [list(scores(entry.real, "mme").values()) for entry in trainings if entry.name == name]
+        for name in everything
+    }
+    expected = {name: np.mean([mme_points_of(rows) for rows in each]) for name, each in own.items()}
+    for name, value in expected.items():
+        assert found.towers[name]["benchmarks"]["mme"]["points"]["MME perception"]["value"] == pytest.approx(value)
+    row = next(row for row in found.comparisons if row.metric == "MME perception")
+    assert row.difference == pytest.approx(expected["clips"] - expected["clip_mix"]) and row.inference == "recipe"
+    popular = next(row for row in found.categories if row.category == "popular")
+    by_seed = [
+        next(scores(entry.real, "pope") for entry in trainings if (entry.name, entry.seed) == (name, seed))
+        for seed in range(3) for name in ("clips", "clip_mix")
+    ]  # fmt: skip
+    wins = sum(
+        row["score"] > second[key]["score"]
+        for first, second in zip(by_seed[::2], by_seed[1::2], strict=True)
+        for key, row in first.items() if row["category"] == "popular"
+    )  # fmt: skip
+    assert popular.wins == pytest.approx(wins / 3) and (popular.n, popular.n_seeds) == (16, 3)
     page = Page()
     page.feed((tmp_path / "report.html").read_text())
-    assert page.open == [] and "seed 2" in page.text and "these two models" not in page.text
+    assert page.open == [] and "seed 2" in page.text and "these checkpoints" not in page.text
 
 
 def test_trainings_are_paired_by_seed(trainings: list[Entry], folder: Path, tmp_path: Path):
@@ -803,6 +944,83 @@ def test_a_model_that_was_not_trained_here_is_compared_by_its_answers(
     page = Page()
     page.feed((tmp_path / "report.html").read_text())
     assert page.open == [] and "Does the answer come from the picture?" not in page.text
+
+
+# -------------------------------------------------------------------------------------- how they were asked, judged
+
+
+def test_how_they_were_asked_is_on_the_page(copies: list[Entry], folder: Path, tmp_path: Path):
+    checked = {"pope": {"n": 32, "changed": 3, "share": 3 / 32}, "gqa": {"n": 30, "changed": 0, "share": 0.0}}
+    for entry in copies:
+        for shown in (entry.real, entry.blank, entry.shuffled):
+            change(shown, "config", dtype="bfloat16", attention="eager", batch_size=48)
+    change(copies[0].real, "outputs", batch_check=checked, model="a/model")
+    found = compare(copies, tmp_path / "out", folder / "benchmarks")
+    own = read_json(tmp_path / "out/report.json")["towers"]["clips"]["evaluation"]
+    assert own["batch_check"] == checked
+    assert {key: own[key] for key in ("dtype", "attention", "batch_size", "model", "device")} == {
+        "dtype": "bfloat16", "attention": "eager", "batch_size": 48, "model": "a/model", "device": "unknown",
+    }  # fmt: skip
+    assert any("clips gives another answer to 3 of 62 questions (4.8 %)" in sentence for sentence in found.findings)
+    text = words_of((tmp_path / "out/report.html").read_text())
+    text = text[text.index("How they were asked") : text.index("How they learned")]
+    for words in (
+        "Attention kernel eager eager",
+        "POPE 3 of 32 (9.4 %) not measured",
+        "GQA 0 of 30 (0.0 %) not measured",
+    ):
+        assert words in text
+    assert "judge" not in text
+
+
+def judged(copies: list[Entry]) -> list[Entry]:
+    """The towers with a judged benchmark of six questions besides; shown the right pictures only."""
+    capabilities = ["rec", "ocr", "rec,ocr", "rec", "ocr", "rec,ocr"]
+    for number, entry in enumerate(copies):
+        given = [round(0.1 * (i + 3 * number), 1) for i in range(6)]
+        rows = [
+            {"task": "mmvet", "doc_id": i, "cluster": f"v{i}", "category": name, "question": "What?", "target": "cat",
+             "answer": HOSTILE, "score": score}
+            for i, (name, score) in enumerate(zip(capabilities, given, strict=True))
+        ]  # fmt: skip
+        (entry.real / "mmvet.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_json(entry.real / "results.json", read_json(entry.real / "results.json") | {"mmvet": {"n": 6}})
+        suite = read_json(entry.real / "manifest.json")["config"]["suite"]
+        suite["tasks"]["mmvet"] = to_dict(load_suite("demo").tasks["textvqa_val"]) | {"judge": True}
+        change(entry.real, "config", suite=suite)
+        by_name = {
+            name: [s for s, of in zip(given, capabilities, strict=True) if name in of] for name in ("ocr", "rec")
+        }
+        judge = {
+            "model": "the-judge", "answered_by": ["the-judge-7b"], "endpoint": "localhost:8000", "temperature": 0.7,
+            "prompt_sha256": "cd" * 32, "prompt": f"Compare {HOSTILE}", "repeats": 3,
+            "date": f"2026-11-0{1 + number}T08:00:00+00:00",
+            "judge_error": 0.0123, "mean": float(np.mean(given)), "interval": [0.0, 1.0],
+            "categories": {name: {"score": float(np.mean(own)), "n": len(own)} for name, own in by_name.items()},
+        }  # fmt: skip
+        change(entry.real, "outputs", judge={"mmvet": judge})
+    return [Entry(entry.name, None, None, None, entry.real) for entry in copies]
+
+
+def test_the_judge_is_named_and_capabilities_are_told_apart(copies: list[Entry], tmp_path: Path):
+    found = compare(judged(copies), tmp_path / "out")
+    own = read_json(tmp_path / "out/report.json")["towers"]["clip_mix"]["judges"]["mmvet"]
+    assert (own["answered_by"], own["repeats"], own["judge_error"]) == (["the-judge-7b"], [3], pytest.approx(0.0123))
+    assert own["capabilities"]["ocr"] == {"score": pytest.approx(np.mean([0.4, 0.5, 0.7, 0.8])), "n": 4}
+    rows = {row.category: row for row in found.categories if row.benchmark == "mmvet"}
+    assert {name: row.n for name, row in rows.items()} == {"rec": 4, "ocr": 4}  # a question counts for each it asks for
+    assert rows["ocr"].accuracy[1] == pytest.approx(own["capabilities"]["ocr"]["score"])
+    html = (tmp_path / "out/report.html").read_text()
+    page = Page()
+    page.feed(html)
+    text = words_of(html)
+    assert HOSTILE not in html and HOSTILE in page.text
+    assert (
+        page.open == [] and "the-judge (which answers as the-judge-7b) at temperature 0.7 with prompt cdcdcdcd." in text
+    )
+    for words in ("2026-11-01 2026-11-02", "1.2 1.2", "ocr 4 questions 30.0 60.0", "Verdicts on each answer 3 3"):
+        assert words in text
+    assert any(sentence.startswith("mmvet was judged by the-judge") for sentence in found.findings)
 
 
 # ------------------------------------------------------------------------------------------------ what is alike
@@ -868,8 +1086,9 @@ def test_a_bundle_recomputes_every_figure(trainings: list[Entry], tmp_path: Path
 
 def test_tables_to_take_away(report: dict[str, Any], folder: Path):
     rows = list(csv.DictReader((folder / "out/report.csv").read_text().splitlines()))
-    assert len(rows) == 2 * 6 + len(report["comparisons"]) + len(report["controls"])
-    own = next(row for row in rows if (row["benchmark"], row["a"], row["b"]) == ("mme", "clips", ""))
+    assert len(rows) == 2 * (6 + 1) + len(report["comparisons"]) + len(report["controls"])  # 1: MME's points
+    keys = ("benchmark", "metric", "a", "b")
+    own = next(row for row in rows if tuple(row[key] for key in keys) == ("mme", "accuracy", "clips", ""))
     assert float(own["value"]) == report["towers"]["clips"]["benchmarks"]["mme"]["accuracy"]
     compared = next(row for row in rows if (row["benchmark"], row["b"]) == ("mme", "clip_mix"))
     assert float(compared["p_value"]) == next(
@@ -878,3 +1097,48 @@ def test_tables_to_take_away(report: dict[str, Any], folder: Path):
     latex = (folder / "out/report.tex").read_text()
     assert r"textvqa\_val" in latex and latex.count(r" \\") == 3 and r"clip\_mix" in latex
     assert "$^*$" in latex  # clip_mix is told apart from clips
+    points = report["towers"]["clips"]["benchmarks"]["mme"]["points"]["MME perception"]["value"]
+    assert "& MME perception &" in latex and f"& {points:.1f} {{" in latex
+    rows = list(csv.DictReader((folder / "out/categories.csv").read_text().splitlines()))
+    assert [(row["category"], float(row["wins"]), float(row["adjusted_p"])) for row in rows] == [
+        (row["category"], row["wins"], row["adjusted_p"]) for row in report["categories"]
+    ]
+
+
+def test_towers_pretrained_anew_for_each_seed(trainings: list[Entry], folder: Path, tmp_path: Path):
+    """Retrieval is then over pretrainings too, and the sentences speak of ways of pretraining."""
+    own = []
+    for entry in trainings:
+        assert entry.tower is not None
+        tower = tmp_path / f"{entry.name}{entry.seed}"
+        shutil.copytree(entry.tower, tower)
+        zero_shot = read_json(tower / "zero_shot.json")
+        zero_shot["ranks"]["image_to_text"][: 4 * entry.seed] = [0] * 4 * entry.seed
+        zero_shot["image_to_text"]["R@1"] = float(np.mean(np.array(zero_shot["ranks"]["image_to_text"]) == 0))
+        write_json(tower / "zero_shot.json", zero_shot)
+        own.append(dataclasses.replace(entry, tower=tower))
+    found = compare(own, tmp_path / "out", folder / "benchmarks")
+    once = compare(trainings, tmp_path / "once", folder / "benchmarks")
+    assert (found.towers["clips"]["tower"]["pretrainings"], once.towers["clips"]["tower"]["pretrainings"]) == (3, 1)
+    hits = {
+        name: np.array([
+            np.array(read_json(entry.tower / "zero_shot.json")["ranks"]["image_to_text"]) == 0
+            for entry in own if entry.name == name and entry.tower
+        ])
+        for name in ("clips", "clip_mix")
+    }  # fmt: skip
+    mean = mean_score(hits["clips"], range(hits["clips"].shape[1]))
+    assert found.towers["clips"]["zero_shot"]["image_to_text"]["R@1"] == pytest.approx(mean.value)
+    assert found.towers["clips"]["zero_shot"]["intervals"]["image_to_text"]["R@1"] == pytest.approx(mean.interval)
+    row = next(row for row in found.comparisons if row.benchmark.startswith("retrieval, picture") and row.metric == "R@1")
+    expected = paired_difference(hits["clips"], hits["clip_mix"], range(hits["clips"].shape[1]))
+    assert (row.inference, row.n_seeds, row.difference) == ("recipe", 3, pytest.approx(expected.difference))
+    assert "ways of pretraining" in found.findings[0] and "towers" in once.findings[0]
+    assert any("other pretrainings are among them" in sentence for sentence in found.findings)
+    assert any("pretrained once" in sentence for sentence in once.findings)
+    write_bundle(tmp_path / "bundle.tar.gz", own, tmp_path / "out")
+    with tarfile.open(tmp_path / "bundle.tar.gz") as archive:
+        towers = {name for name in archive.getnames() if name.endswith("tower/zero_shot.json")}
+    assert towers == {f"bundle/towers/{entry.name}/seed{entry.seed}/tower/zero_shot.json" for entry in own}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "pretrained 3 times" in page and "pretrained once" not in page

@@ -35,7 +35,6 @@ from eval_suites.statistics import (
     mme_score,
     paired_answers,
     paired_difference,
-    population,
     recall_interval,
     sign_flip_p,
     standardised_difference,
@@ -416,13 +415,6 @@ def test_records_become_paired_answers():
         paired_answers(runs[:2], runs[2:3])
     with pytest.raises(InputError, match="pope 0"):
         paired_answers(runs[:1], [{key: runs[1][key] for key in keys[:2]}])
-
-
-def test_a_result_says_what_it_speaks_of():
-    scores = np.tile([1.0, 0.0, 1.0, 1.0], (3, 20))
-    assert "these checkpoints" in population(mean_score(scores[0], range(80)))
-    assert "3 times" in population(mean_score(scores, range(80)))
-    assert "these recipes" in population(paired_difference(scores, scores, range(80)))
 
 
 # --------------------------------------------------------------------------------------------------------- MME

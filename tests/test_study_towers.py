@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -92,6 +93,25 @@ def test_options_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 2 * 2 * 3 + 1 and " compare " in printed[-1]
     assert not (tmp_path / "new").exists()
+
+
+def test_settings_may_stand_behind_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "study",
+        "towers",
+        "study_towers_demo",
+        "--towers",
+        "x=clips:x",
+        "--dry-run",
+        f"out={tmp_path}",
+        "seeds=[4]",
+    ]
+    assert main(words) == 0
+    assert str(tmp_path / "x/seed4/align") in capsys.readouterr().out
+    for wrong in ("--drie-run", "out"):
+        with pytest.raises(SystemExit):
+            main([*words, wrong])
+        assert re.search(rf"unrecognized arguments: .*{wrong}$", capsys.readouterr().err.strip())
 
 
 @pytest.mark.parametrize(
@@ -301,6 +321,24 @@ def test_seeds_that_all_towers_have_are_compared(finished: tuple[Path, list[Ques
     study_towers(study)  # every step is finished: nothing is run
     primary = read_json(root / "out" / "report.json")["comparisons"][0]
     assert (primary["n_seeds"], primary["inference"]) == (2, "recipe")
+
+
+def test_what_is_waived_is_waived_and_printed(
+    finished: tuple[Path, list[Question]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A cluster whose packages change in the middle of a study must not lose it."""
+    root, _ = finished
+    place = root / "out/b/seed0/tune/manifest.json"
+    manifest = read_json(place)
+    write_json(place, manifest | {"environment": manifest["environment"] | {"device": "another"}})
+    common = [f"out={root / 'out'}", *TWO, f"evaluate.data={root / 'benchmarks'}"]
+    with pytest.raises(InputError, match=r"environment\.tune\.device.*--waive"):
+        module.compare_finished(config(*common))
+    waiving = config(*common, "waive=[environment.tune.device]")
+    module.compare_finished(waiving)
+    write_json(place, manifest)
+    assert "environment.tune.device" in capsys.readouterr().out
+    assert module._compare_command(waiving).endswith("--waive environment.tune.device")
 
 
 @pytest.mark.slow

@@ -3,9 +3,12 @@
 The model is the tiny LLaVA of test_benchmarks.py; figures are compared with plain reimplementations, or pycocoevalcap's own.
 """
 
+import base64
+import io
 import json
 import os
 import random
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -19,14 +22,18 @@ import test_benchmarks
 import yaml
 from benchmark_files import IMAGE, MAKERS, OCR_KINDS, STRING, make_files, png, records_of, rows_of, write
 from dataset_hub import serve_datasets
+from PIL import Image
 from test_benchmarks import make_model
 
+from clips_core.config import load_config
 from clips_core.errors import InputError
 from eval_suites import definitions, needs
-from eval_suites.benchmarks import CATALOGUE, EvalConfig, load_suite, run_suite
+from eval_suites.benchmarks import CATALOGUE, BenchmarkTask, EvalConfig, Suite, load_suite, run_suite
+from eval_suites.cli import main
 from eval_suites.fetch import RECORD, check_suite, fetch_suite, files_of, front_matter
 from eval_suites.local_data import Table
 from eval_suites.published import Row, disagreeing, load_published, matching
+from eval_suites.samples import read_documents
 
 PAPER = ("mme", "mmmu_val", "mmvet", "gqa", "chartqa", "pope", "nocaps_val", "textvqa_val_ocr", "textvqa_val")
 OPENVISION = (
@@ -56,11 +63,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_files(tmp_path_factory.mktemp("data"), list(MAKERS), n=12)
 
 
+SMALL = {"batch_size": 8, "precision": "float32", "partial": True}  # the files hold fewer questions than are published
+
+
 def suite_file(folder: Path, tasks: dict[str, Any], **keys: Any) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"suite-{len(list(folder.glob('suite-*')))}.yaml"
     path.write_text(yaml.safe_dump({"name": "mine", "tasks": tasks, **keys}, sort_keys=False))
     return str(path)
+
+
+def load_catalogue() -> dict[str, BenchmarkTask]:
+    return load_config(Suite, CATALOGUE).tasks
 
 
 def short(names: tuple[str, ...], tokens: int = 1) -> dict[str, Any]:
@@ -71,7 +85,7 @@ def short(names: tuple[str, ...], tokens: int = 1) -> dict[str, Any]:
 
 def run(model: Path, data: Path, out: Path, suite: str, **settings: Any) -> dict[str, dict[str, float]]:
     """Answer with the questions' own pictures; the figures by task."""
-    run_suite(EvalConfig(model, data, out, suite=suite, **{"batch_size": 8, "precision": "float32", **settings}))
+    run_suite(EvalConfig(model, data, out, suite=suite, **{**SMALL, **settings}))
     return dict(json.loads((out / "real/results.json").read_text()))
 
 
@@ -102,7 +116,7 @@ def test_textvqa_with_and_without_ocr_tokens_are_two_tasks() -> None:
     assert tasks["textvqa_val_ocr"].task == "textvqa_val"
 
 
-@pytest.mark.parametrize("suite", ["clips_paper", "openvision", "quick", "demo"])
+@pytest.mark.parametrize("suite", ["clips_paper", "openvision", "llava15", "quick", "demo"])
 def test_suites_agree_with_the_definitions(suite: str) -> None:
     """Split, metrics and version of each task, by lmms-eval's own files read with plain YAML."""
     for name, task in load_suite(suite).tasks.items():
@@ -200,6 +214,9 @@ def test_openvision(model: Path, data: Path, tmp_path: Path) -> None:
     )
     assert {row["category"] for row in records["ocrbench"]} == set(OCR_KINDS)
 
+    kinds = rows_of(data, "lmms-lab-encoder/GQA/testdev_balanced_instructions/testdev-00000-of-00001.parquet")
+    assert [row["category"] for row in records["gqa"]] == [doc["types"]["structural"] for doc in kinds]
+
     seed = rows_of(data, "lmms-lab-encoder/SEED-Bench/data/test-00000-of-00001.parquet")
     right = [
         row["answer"][:1].lower() == doc["answer"].lower() for row, doc in zip(records["seedbench"], seed, strict=True)
@@ -272,6 +289,16 @@ def test_a_task_that_is_only_named(model: Path, data: Path, tmp_path: Path) -> N
     assert manifest["config"]["suite"]["tasks"]["ai2d"]["metrics"] == ["exact_match"], "what was filled in is on record"
 
 
+def test_the_guides_suites_run_as_they_are_written(model: Path, data: Path, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs/suites.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    for i, block in enumerate(blocks):
+        (tmp_path / f"{i}.yaml").write_text(block)
+        figures = run(model, data, tmp_path / f"out-{i}", str(tmp_path / f"{i}.yaml"), limit=2)
+        assert set(figures) == set(yaml.safe_load(block)["tasks"]) and all(own["n"] == 2 for own in figures.values())
+
+
 def test_a_suites_limit(model: Path, data: Path, tmp_path: Path) -> None:
     suite = suite_file(tmp_path, short(("pope",)), limit=4)
     assert run(model, data, tmp_path / "four", suite)["pope"]["n"] == 4
@@ -288,6 +315,51 @@ def test_nocaps(model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert {"nocaps_CIDEr", "nocaps_METEOR", "nocaps_ROUGE_L", "nocaps_Bleu_1", "nocaps_Bleu_4"} <= set(figures)
     assert figures["nocaps_CIDEr"] == pytest.approx(10 * mean(row["score"] for row in records))
     assert all(row["question"].startswith("Provide a one-sentence caption") for row in records)
+
+
+def test_pictures_to_look_at(data: Path) -> None:
+    """Of tasks with a picture, several, a list of them, one in another file, and of files whose columns nobody names."""
+    places = {
+        "pope": ("lmms-lab-encoder/POPE/data/test", lambda row: row["image"]),
+        "nocaps_val": ("lmms-lab-encoder/NoCaps/data/validation", lambda row: row["image"]),
+        "seedbench": ("lmms-lab-encoder/SEED-Bench/data/test", lambda row: row["image"][0]),
+        "mmmu_val": ("lmms-lab-encoder/MMMU/data/validation", lambda row: row["image_1"]),
+        "ai2d": ("lmms-lab-encoder/ai2d/data/test", lambda row: row["image"]),
+    }
+    wanted = (0, 3, 7)
+    for name, (path, picture) in places.items():
+        tables = [Table("lmms-lab-encoder/ai2d", "test")] if name == "ai2d" else load_catalogue()[name].tables
+        found = read_documents(tables, wanted, data)
+        rows = rows_of(data, f"{path}-00000-of-00001.parquet")
+        for i in wanted:
+            assert found[i].picture == picture(rows[i])["bytes"] and found[i].question == rows[i].get("question")
+    gqa = rows_of(data, "lmms-lab-encoder/GQA/testdev_balanced_instructions/testdev-00000-of-00001.parquet")
+    images = rows_of(data, "lmms-lab-encoder/GQA/testdev_balanced_images/testdev-00000-of-00001.parquet")
+    found = read_documents(load_catalogue()["gqa"].tables, wanted, data)
+    for i in wanted:
+        [image] = [row["image"]["bytes"] for row in images if row["id"] == gqa[i]["imageId"]]
+        assert found[i].picture == image
+
+
+@pytest.mark.slow
+def test_captions_and_lists_of_pictures_are_on_the_page(data: Path, tmp_path: Path) -> None:
+    """`compare --data` of two models that say one thing each: every shown question has its own picture."""
+    suite = suite_file(tmp_path, short(("nocaps_val", "seedbench")))
+    for said in ("A", "B"):
+        out = tmp_path / f"model-{said}" / "eval"
+        run(Path("lmms:dummy"), data, out, suite, model_args=f"response={said}")
+    folders = [str(tmp_path / f"model-{said}") for said in ("A", "B")]
+    assert main(["compare", *folders, "--data", str(data), "--out", str(tmp_path / "report")]) == 0
+    page = (tmp_path / "report/report.html").read_text()
+    shown = {base64.b64decode(text) for text in re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", page)}
+    pixels = {Image.open(io.BytesIO(data)).convert("RGB").tobytes() for data in shown}
+    for path, picture in (
+        ("lmms-lab-encoder/NoCaps/data/validation", lambda row: row["image"]),
+        ("lmms-lab-encoder/SEED-Bench/data/test", lambda row: row["image"][0]),
+    ):
+        rows = rows_of(data, f"{path}-00000-of-00001.parquet")
+        own = {Image.open(io.BytesIO(picture(row)["bytes"])).convert("RGB").tobytes() for row in rows}
+        assert own & pixels, path
 
 
 @pytest.mark.slow
@@ -473,6 +545,29 @@ def test_pictures_of_every_kind_are_looked_at(data: Path, tmp_path: Path) -> Non
         assert any(words in line and "row 3, column 'image" in line for line in str(caught.value).splitlines()), words
 
 
+def test_part_of_a_benchmark_is_asked_only_where_that_is_meant(model: Path, data: Path, tmp_path: Path) -> None:
+    """A download that was cut off must not give a figure."""
+    tasks = ("pope", "gqa")
+    suite = suite_file(tmp_path, short(tasks))
+
+    def partial(out: str, suite: str = suite, **settings: Any) -> Any:
+        run(model, data, tmp_path / out, suite, **settings)
+        return json.loads((tmp_path / out / "real/manifest.json").read_text())["outputs"]["partial"]
+
+    for limit in (None, 20):  # the first 20 are not there either
+        with pytest.raises(InputError) as caught:
+            partial("refused", partial=False, limit=limit)
+        message = str(caught.value)
+        assert "lmms-lab-encoder/POPE has 12 rows, but 9,000 are published" in message and "partial=true" in message
+        assert "lmms-lab-encoder/GQA has 12 rows, but 12,578 are published" in message
+        assert not list((tmp_path / "refused").rglob("answers-*"))
+    assert partial("meant") == {"pope": [12, 9000], "gqa": [12, 12578]}
+    assert partial("first", partial=False, limit=4) == {}, "the first four are the published first four"
+    stated = yaml.safe_load(Path(counted(tmp_path, tasks, {"pope": [12], "gqa": [12, 3]})).read_text())["tasks"]
+    whole = suite_file(tmp_path, {name: {**short(tasks)[name], **stated[name]} for name in tasks})
+    assert partial("whole", whole, partial=False) == {}
+
+
 def tables_of(name: str) -> dict[str, Any]:
     """The catalogue's table of a task, without its number of rows."""
     table = yaml.safe_load(CATALOGUE.read_text())["tasks"][name]["tables"][0]
@@ -533,6 +628,12 @@ def test_what_can_not_be_fetched(data: Path, tmp_path: Path) -> None:
         fetch_suite(suite, tmp_path / "to", hub.address)
     with serve_datasets(data) as hub, pytest.raises(InputError, match="has 12 rows, but 9,000 are published"):
         fetch_suite(suite, tmp_path / "small", hub.address)
+    for address in ("http://127.0.0.1:9", hub.address):  # where nobody answers, and where somebody did
+        with pytest.raises(InputError, match=r"lmms-lab-encoder/POPE: not to be had .*refused.*again to go on"):
+            fetch_suite(suite, tmp_path / "none", address)
+    named = suite_file(tmp_path, {"pope": {"tables": [{"repository": "no repository", "split": "test"}]}})
+    with pytest.raises(InputError, match="no repository: not to be had"):
+        fetch_suite(named, tmp_path / "none", hub.address)
 
 
 def test_which_files_are_a_split() -> None:

@@ -563,6 +563,28 @@ def test_captions_in_tars(data: Path, tmp_path: Path) -> None:
     assert five.fingerprint() != every.fingerprint()
 
 
+def test_sets_that_are_not_whole(data: Path, tmp_path: Path) -> None:
+    """A download that was cut off gives no figure unless it is said that it may."""
+    n = TEST * len(CLASSES)
+    whole = ClassSet("classes/test", "classes/train", ["probe"], test_count=n, train_count=TRAIN * len(CLASSES))
+    assert len(read_class_set("s", whole, data).test.pictures) == n
+    assert len(read_caption_set("c", CaptionSet("coco/dataset_coco.json", "coco", count=13), data).pictures) == 13
+    sets = load_settings(TowerEvalConfig, Path(eval_suites.__file__).parent, ["mscoco", "towers=[clips:x]", "out=x"])
+    for read, key, have in (
+        (lambda: read_class_set("s", dataclasses.replace(whole, test_count=n + 1), data), "s.test_count=null", n),
+        (lambda: read_class_set("s", dataclasses.replace(whole, train_count=1), data), "s.train_count=null", 72),
+        (
+            lambda: read_caption_set(
+                "mscoco", dataclasses.replace(sets.captions["mscoco"], captions="coco/dataset_coco.json", images="coco"), data
+            ),
+            "captions.mscoco.count=null",
+            13,
+        ),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=rf"has {have} pictures, but .* are published.*{key}"):
+            read()
+
+
 def test_flickrs_json_and_pictures_without_their_folder(data: Path, tmp_path: Path) -> None:
     content = read_json(data / "coco" / "dataset_coco.json")
     (tmp_path / "images").mkdir()

@@ -34,6 +34,9 @@ class ClassSet:
     # openai_imagenet (the 80 prompts), simple_imagenet (7), or a file with a prompt a line, {c} or {} for the name. null:
     # zeroshot_classification_templates.txt beside the pictures, else openai_imagenet.
     templates: str | None = None
+    # How many pictures test and train are known to have. Another number (a download that was cut off) is an error; null: not known.
+    test_count: int | None = Field(default=None, ge=1)
+    train_count: int | None = Field(default=None, ge=1)
 
     def __post_init__(self) -> None:
         if not self.tasks or len(set(self.tasks)) < len(self.tasks):
@@ -54,6 +57,7 @@ class CaptionSet:
         default_factory=lambda: ["txt"]
     )  # of tars, as evaluation.caption: a line a caption
     per_image: int | None = Field(default=5, ge=1)  # the first so many captions of each picture; null: all
+    count: int | None = Field(default=None, ge=1)  # how many pictures it is known to have; another number is an error
 
     def __post_init__(self) -> None:
         if self.captions.endswith(".json") and self.images is None:

@@ -87,11 +87,14 @@ def read_class_set(name: str, config: ClassSet, data: Path) -> Classification:
     """The pictures of a set and what its classes are called.
 
     Raises:
-        InputError: naming the file: no picture, a class that one of train and test lacks, a class without a name, a tar that is
-            damaged or holds a sample without picture or number.
+        InputError: naming the file: no picture, another number of them than is known, a class that one of train and test lacks,
+            a class without a name, a tar that is damaged or holds a sample without picture or number.
     """
     test = _labelled(str(data / config.test))
     train = _labelled(str(data / config.train)) if config.train is not None else None
+    _check_count(f"classes.{name}.test_count", test.pictures, config.test_count)
+    if train is not None:
+        _check_count(f"classes.{name}.train_count", train.pictures, config.train_count)
     if train is not None:
         _check_same_classes(train, test)
     zero_shot = "zero_shot" in config.tasks
@@ -115,16 +118,26 @@ def read_caption_set(name: str, config: CaptionSet, data: Path) -> Captioned:
     """The pictures of a set and their captions.
 
     Raises:
-        InputError: naming the file: a picture that is missing or has no caption, a JSON that is not Karpathy's, a damaged tar.
+        InputError: naming the file: a picture that is missing or has no caption, another number of them than is known, a JSON
+            that is not Karpathy's, a damaged tar.
     """
     if config.captions.endswith(".json"):
         assert config.images is not None
         pictures, captions = _karpathy(data / config.captions, data / config.images, config.split)
     else:
         pictures, captions = _captioned_tars(str(data / config.captions), config.caption)
+    _check_count(f"captions.{name}.count", pictures, config.count)
     kept = [own[: config.per_image] for own in captions]
     owner = torch.tensor([i for i, own in enumerate(kept) for _ in own])
     return Captioned(name, pictures, [caption for own in kept for caption in own], owner)
+
+
+def _check_count(key: str, pictures: Pictures, known: int | None) -> None:
+    if known is not None and len(pictures) != known:
+        raise InputError(
+            f"{pictures.where}: has {len(pictures):,} pictures, but {known:,} are published; complete it, or set {key}=null to "
+            "take what is there"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ classes

@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from clips_core.errors import InputError
 from clips_core.folders import MANIFEST, MetricsLog, first_difference, read_json, read_manifest
-from eval_suites.comparison import ALPHA, DIRECTIONS, between, p_text, percent, points
+from eval_suites.comparison import DIRECTIONS, between, p_text, percent, points
 from eval_suites.records import Record
-from eval_suites.statistics import holm, mean_score, paired_difference
+from eval_suites.statistics import holm, mean_score, paired_difference, told_apart
+from eval_suites.terminal import table as terminal_table
 
 STAGE = "eval tower"
 # The files of records of each task, with the figure that a record's score is averaged to.
@@ -126,8 +124,7 @@ def tower_table(runs: Sequence[Path], sets: Sequence[str] | None = None) -> Towe
     adjusted = holm([row[-1].p_value for row in found]) if found else []
     differences = []
     for ((name, task), metric, a, b, own), p in zip(found, adjusted, strict=True):
-        told = p <= ALPHA and not own.interval[0] <= 0 <= own.interval[1]
-        better = (a if own.difference > 0 else b) if told else None
+        better = (a if own.difference > 0 else b) if told_apart(p, own.interval) else None
         differences.append(
             Difference(
                 name, task, metric, a, b, own.difference, own.interval, own.p_value, p, own.detectable, own.inference,
@@ -147,17 +144,18 @@ def print_table(table: TowerTable, console: Console) -> None:
     rows: dict[tuple[str, str, str], dict[str, Figure]] = {}
     for figure in table.figures:
         rows.setdefault(_place(figure), {})[figure.tower] = figure
-    shown = _new("Towers in %, with 95 % intervals", ["set", "task", "", "n", *letters.values()])
+    lines = []
     for (name, task, metric), own in rows.items():
         first = next(iter(own.values()))
         cells = [_cell(own.get(tower)) for tower in table.towers]
-        shown.add_row(*map(Text, (name, task, metric, str(first.n_samples), *cells)))
+        lines.append([name, task, metric, str(first.n_samples), *cells])
         for other in first.others:
             cells = [percent(own[tower].others[other]) if tower in own else "–" for tower in table.towers]
-            shown.add_row(*map(Text, ("", "", other, "", *cells)))
-    console.print(shown)
+            lines.append(["", "", other, "", *cells])
+    columns = ["set", "task", "", "n", *letters.values()]
+    console.print(terminal_table("Towers in %, with 95 % intervals", columns, lines, words=3))
     if table.differences:
-        shown = _new("Paired differences, in points", ["set", "task", "", "towers", "difference", "p (Holm)", "better"])
+        lines = []
         for row in table.differences:
             difference = f"{points(row.difference)} {between(row.interval)}"
             better = letters[row.better] if row.better else "?"
@@ -167,8 +165,9 @@ def print_table(table: TowerTable, console: Console) -> None:
                 p_text(row.adjusted_p).removeprefix("= "),
                 better,
             ]
-            shown.add_row(*map(Text, (row.set, row.task, row.metric, *cells)))
-        console.print(shown)
+            lines.append([row.set, row.task, row.metric, *cells])
+        columns = ["set", "task", "", "towers", "difference", "p (Holm)", "better"]
+        console.print(terminal_table("Paired differences, in points", columns, lines, words=4))
     console.print(table.caveat, highlight=False, markup=False)
 
 
@@ -177,20 +176,6 @@ def _letters() -> Iterator[str]:
     for length in itertools.count(1):
         for letters in itertools.product(string.ascii_uppercase, repeat=length):
             yield "".join(letters)
-
-
-def _new(title: str, columns: Sequence[str]) -> Table:
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
-    for column in columns:
-        table.add_column(Text(column), justify="left" if column in ("set", "task", "", "towers") else "right")
-    return table
 
 
 def _cell(figure: Figure | None) -> str:
