@@ -27,6 +27,7 @@ from tqdm import tqdm
 from clips_core.errors import InputError
 from clips_core.folders import MANIFEST, read_manifest, sha256_file
 
+Messages = list[dict[str, Any]]  # of the chat-completions protocol
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 RETRY_TEMPERATURE = 0.7  # of the second try: a greedy model would only repeat itself
 LONGEST_WAIT = 600.0  # seconds; a server that wants to be left alone for longer stops the run
@@ -439,13 +440,14 @@ class Endpoint:
         if isinstance(request, Outcome):
             return task, request
         picture = await asyncio.to_thread(data_url, request.picture)
-        first = await self._ask(client, picture, request.prompt, request.seed, self.temperature)
+        messages = _about(picture, request.prompt)
+        first = await self._ask(client, messages, request.seed, self.temperature)
         if isinstance(first, _Failure):
             return task, first
         outcome = judge(first)
         if outcome.kind != "captioned":
             temperature = max(self.temperature, RETRY_TEMPERATURE)
-            second = await self._ask(client, picture, request.prompt, request.seed + 1, temperature)
+            second = await self._ask(client, messages, request.seed + 1, temperature)
             if isinstance(second, _Failure):
                 return task, second
             outcome = _second(outcome, judge(second))
@@ -454,16 +456,16 @@ class Endpoint:
     async def _probe(self, client: Any) -> "_Failure | None":
         """What is wrong with the server, asked about a picture that has no fault of its own."""
         picture = data_url(Image.new("RGB", (224, 224), (128, 160, 192)))
-        answer = await self._ask(client, picture, "Describe this picture.", 0, self.temperature)
+        answer = await self._ask(client, _about(picture, "Describe this picture."), 0, self.temperature)
         return answer if isinstance(answer, _Failure) else None
 
-    async def _ask(self, client: Any, picture: str, prompt: str, seed: int, temperature: float) -> "Reply | _Failure":
+    async def _ask(self, client: Any, messages: Messages, seed: int, temperature: float) -> "Reply | _Failure":
         """Put one question until there is an answer.
 
         Raises:
             InputError: where the server, not this picture, is at fault.
         """
-        body = self._body(picture, prompt, seed, temperature)
+        body = self._body(messages, seed, temperature)
         for attempt in itertools.count():
             await self._rest()
             wait = min(LONGEST_BACKOFF, self.retry_wait * 2**attempt) * random.uniform(0.5, 1.0)
@@ -510,11 +512,10 @@ class Endpoint:
         while (left := self._resume_at - clock.time()) > 0:
             await asyncio.sleep(left * random.uniform(1.0, 1.2))
 
-    def _body(self, picture: str, prompt: str, seed: int, temperature: float) -> dict[str, Any]:
-        content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": prompt}]
+    def _body(self, messages: Messages, seed: int, temperature: float) -> dict[str, Any]:
         body: dict[str, Any] = {
             "model": self.model,
-            "messages": [{"role": "user", "content": content}],
+            "messages": messages,
             "max_tokens": self.max_new_tokens,
             "temperature": temperature,
         }
@@ -571,6 +572,31 @@ class _Failure(NamedTuple):
 
     cause: str
     detail: str
+
+
+def check_endpoint(url: str) -> None:
+    """Raise a `ValueError` unless this is the address of a server, without a password in it."""
+    parts = urlsplit(url)
+    if parts.username or parts.password:
+        raise ValueError("endpoint: holds a password; put it in a variable and name that in api_key_env")
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise ValueError(f"endpoint: must be an address like http://localhost:8000/v1, not {url!r}")
+
+
+def read_key(api_key_env: str | None) -> str:
+    """The key in this environment variable; "" where none is named."""
+    if api_key_env is None:
+        return ""
+    key = os.environ.get(api_key_env, "").strip()
+    if not key:
+        raise InputError(f"api_key_env: there is no environment variable {api_key_env}, or it is empty")
+    return key
+
+
+def _about(picture: str, prompt: str) -> Messages:
+    """A question about a picture, given as a data URL."""
+    content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": prompt}]
+    return [{"role": "user", "content": content}]
 
 
 async def _first_of(pending: set[Any]) -> tuple[set[Any], set[Any]]:

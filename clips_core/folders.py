@@ -45,10 +45,17 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, wait: bool = False) -> Iterator[bool]:
-    """Whether `folder` is ours within, and no other process's. The claim ends with the process, however that ends."""
+def claimed(folder: Path, wait: bool = False, lock: str = ".lock") -> Iterator[bool]:
+    """Whether `folder` is ours within, and no other process's. The claim ends with the process, however that ends; a process that
+    it started with `close_fds=False` shares the claim and, left behind, keeps it.
+
+    Args:
+        wait: for a claim of another process to end.
+        lock: a file in `folder`; with a name of its own the claim is to a part of what is there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    file = os.open(folder / lock, os.O_RDWR | os.O_CREAT, 0o644)
+    os.set_inheritable(file, True)
     try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -46,16 +46,18 @@ class JaxRule:
 def jax_rules(config: ModelConfig) -> list[JaxRule]:
     """The correspondence of every parameter, in the names of the authors' big_vision-style trees."""
     kernel, vector, same = (1, 0), (0,), (0, 1)
+
+    def norm(jax: str, name: str) -> list[JaxRule]:
+        return [JaxRule(f"{jax}/scale", f"{name}.weight", vector), JaxRule(f"{jax}/bias", f"{name}.bias", vector)]
+
     rules = [
         JaxRule("img/embedding/kernel", "visual.conv1.weight", (3, 2, 0, 1)),  # HWIO → OIHW
         JaxRule("img/cls", "visual.class_embedding", vector),
-        JaxRule("img/encoder_norm/scale", "visual.ln_post.weight", vector),
-        JaxRule("img/encoder_norm/bias", "visual.ln_post.bias", vector),
+        *norm("img/encoder_norm", "visual.ln_post"),
         JaxRule("img/head/kernel", "visual.proj", same),
         JaxRule("txt/Embed_0/embedding", "text.token_embedding.weight", same),
         JaxRule("txt/pos_embedding", "text.positional_embedding", same),
-        JaxRule("txt/encoder_norm/scale", "text.ln_final.weight", vector),
-        JaxRule("txt/encoder_norm/bias", "text.ln_final.bias", vector),
+        *norm("txt/encoder_norm", "text.ln_final"),
         JaxRule("txt/head/kernel", "text.text_projection", same),
         JaxRule("t", "logit_scale", ()),
     ]
@@ -69,8 +71,7 @@ def jax_rules(config: ModelConfig) -> list[JaxRule]:
             JaxRule("txt_decoder/learnable_tokens", "decoder.learnable_tokens", same),
             JaxRule("txt_decoder/image_projection_layer/kernel", "decoder.image_proj.weight", kernel),
             JaxRule("txt_decoder/text_projection_layer/kernel", "decoder.text_proj.weight", kernel),
-            JaxRule("txt_decoder/decoder_norm/scale", "decoder.ln_final.weight", vector),
-            JaxRule("txt_decoder/decoder_norm/bias", "decoder.ln_final.bias", vector),
+            *norm("txt_decoder/decoder_norm", "decoder.ln_final"),
             JaxRule("txt_decoder/head/kernel", "decoder.head.weight", kernel),
         ]
     for jax_tower, blocks, transformer in towers:
@@ -90,9 +91,7 @@ def jax_rules(config: ModelConfig) -> list[JaxRule]:
             ):  # fmt: skip
                 rules.append(JaxRule(f"{jax_linear}/kernel", f"{name}.{linear}.weight", kernel))
                 rules.append(JaxRule(f"{jax_linear}/bias", f"{name}.{linear}.bias", vector))
-            for jax_norm, norm in (("LayerNorm_0", "ln_1"), ("LayerNorm_1", "ln_2")):
-                rules.append(JaxRule(f"{jax}/{jax_norm}/scale", f"{name}.{norm}.weight", vector))
-                rules.append(JaxRule(f"{jax}/{jax_norm}/bias", f"{name}.{norm}.bias", vector))
+            rules += norm(f"{jax}/LayerNorm_0", f"{name}.ln_1") + norm(f"{jax}/LayerNorm_1", f"{name}.ln_2")
     return rules
 
 

@@ -8,7 +8,6 @@ can share one output folder: each takes every n-th shard, and a lock per shard k
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -27,7 +26,17 @@ from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
 from clips_core.build import resized
-from clips_core.captioners import Captioner, DType, Endpoint, LocalModel, Outcome, Request, model_folder
+from clips_core.captioners import (
+    Captioner,
+    DType,
+    Endpoint,
+    LocalModel,
+    Outcome,
+    Request,
+    check_endpoint,
+    model_folder,
+    read_key,
+)
 from clips_core.captions import split_caption
 from clips_core.config import FORBID, to_dict
 from clips_core.errors import InputError
@@ -35,6 +44,7 @@ from clips_core.files import find_files, is_remote
 from clips_core.folders import (
     MANIFEST,
     MetricsLog,
+    claimed,
     first_difference,
     read_json,
     read_manifest,
@@ -98,11 +108,7 @@ class RecaptionConfig:
         if (self.model is None) == (self.endpoint is None):
             raise ValueError("give model=FOLDER_OR_NAME or endpoint=URL, one of them")
         if self.endpoint is not None:
-            url = urlsplit(self.endpoint)
-            if url.username or url.password:
-                raise ValueError("endpoint: holds a password; put it in a variable and name that in api_key_env")
-            if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment:
-                raise ValueError(f"endpoint: must be an address like http://localhost:8000/v1, not {self.endpoint!r}")
+            check_endpoint(self.endpoint)
             if not self.endpoint_model:
                 raise ValueError("endpoint_model: is required with an endpoint (its /v1/models lists the names)")
         elif self.endpoint_model or self.api_key_env or self.extra:
@@ -412,7 +418,7 @@ class _Run:
         self.causes = Counter(totals["uncaptioned"]) + Counter(totals["skipped"])
         self.busy = 0  # shards that another process holds
         self.damaged: list[str] = []
-        self.locks: dict[Path, int] = {}
+        self.claims: dict[Path, contextlib.ExitStack] = {}
         self.all_bytes, self.begun_bytes, self.begun = sum(path.stat().st_size for path in self.todo), 0, 0
         self.first_caption = True
         rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -423,7 +429,7 @@ class _Run:
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
-        for path in list(self.locks):
+        for path in list(self.claims):
             self._unlock(path)
 
     def tasks(self) -> Iterator[_Task]:
@@ -492,36 +498,24 @@ class _Run:
         self._unlock(shard.path)
 
     def _lock(self, path: Path) -> bool:
-        """Whether this shard is now ours. The lock ends with the process, however that ends."""
-        name = self.config.out / f".{path.name}.lock"
-        file = os.open(name, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(file)
-            return False
-        except OSError:  # a file system without locks: `part` alone keeps the processes apart
-            pass
-        self.locks[path] = file
-        return True
+        """Whether this shard is now ours."""
+        with contextlib.ExitStack() as claim:
+            if claim.enter_context(claimed(self.config.out, lock=f".{path.name}.lock")):
+                self.claims[path] = claim.pop_all()
+        return path in self.claims
 
     def _unlock(self, path: Path) -> None:
         (self.config.out / f".{path.name}.lock").unlink(missing_ok=True)
-        os.close(self.locks.pop(path))
+        self.claims.pop(path).close()
 
 
 def _captioner(config: RecaptionConfig) -> Captioner:
     if config.model is not None:
         return LocalModel(config.model, config.max_new_tokens, config.temperature, config.dtype)
     assert config.endpoint is not None and config.endpoint_model is not None
-    key = ""
-    if config.api_key_env is not None:
-        key = os.environ.get(config.api_key_env, "").strip()
-        if not key:
-            raise InputError(f"api_key_env: there is no environment variable {config.api_key_env}, or it is empty")
     return Endpoint(
-        config.endpoint, config.endpoint_model, config.max_new_tokens, key, config.temperature, config.concurrency,
-        config.timeout, config.retries, config.retry_wait, config.extra,
+        config.endpoint, config.endpoint_model, config.max_new_tokens, read_key(config.api_key_env), config.temperature,
+        config.concurrency, config.timeout, config.retries, config.retry_wait, config.extra,
     )  # fmt: skip
 
 

@@ -7,7 +7,6 @@ pictures that tell looking from guessing (`pictures.py`); answers that survive a
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import io
@@ -29,6 +28,7 @@ from clips_core.config import FORBID, load_config, to_dict
 from clips_core.errors import InputError
 from clips_core.folders import (
     MANIFEST,
+    claimed,
     first_difference,
     is_finished,
     read_json,
@@ -698,8 +698,7 @@ def _score_when_answered(
 ) -> None:
     """Score a run if all of its questions are answered; else other processes are still at it, and the last one does."""
     run = sitting.run
-    with open(run.folder / ".scoring.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two processes may have ended in the same moment
+    with claimed(run.folder, wait=True, lock=".scoring.lock"):  # two processes may have ended in the same moment
         if is_finished(run.folder, "eval", run.config, run.inputs):
             return
         missing = 0

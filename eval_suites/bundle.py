@@ -4,25 +4,15 @@ import gzip
 import hashlib
 import importlib.metadata
 import io
-import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from clips_core.folders import replacing
-from eval_suites.records import PICTURES, Entry
+from eval_suites.kept import training_files
+from eval_suites.records import Entry
 
 REPORT = ("report.html", "report.json", "report.csv", "report.tex", "categories.csv")
-# Of each stage's folder: what `read_run` and `fairness` read.
-STAGE_FILES = (
-    "manifest.json",
-    "metrics.jsonl",
-    "zero_shot.json",
-    "results.json",
-    "model/config.json",
-    "model/processor_config.json",
-)
-
 README = """\
 A comparison of {towers}, made by clips-llava {version}.
 
@@ -75,20 +65,7 @@ def _files(entries: Sequence[Entry]) -> Iterator[tuple[str, bytes]]:
     """Name in the archive and content of every file, one training after another."""
     several = len({entry.seed for entry in entries}) > 1
     for entry in entries:
-        root = f"towers/{entry.name}" + (f"/seed{entry.seed}" if several else "")
-        places = {
-            "align": entry.align,
-            "tune": entry.tune,
-            **{f"eval/{name}": getattr(entry, name) for name in PICTURES},
-        }
-        for place, folder in {**places, "tower": entry.tower}.items():
-            if folder is None:
-                continue
-            shared = place == "tower" and {e.tower for e in entries if e.name == entry.name} == {folder}
-            target = f"towers/{entry.name}/tower" if shared else f"{root}/{place}"
-            own = {folder / name for name in STAGE_FILES} | (
-                set(folder.glob("*.jsonl")) if place.startswith("eval/") else set()
-            )
-            for file in sorted(own):
-                if file.is_file() and not file.name.startswith("answers-"):
-                    yield f"{target}/{os.path.relpath(file, folder)}", file.read_bytes()
+        shared = {other.tower for other in entries if other.name == entry.name} == {entry.tower}
+        for name, file in training_files(entry):
+            seed = f"/seed{entry.seed}" if several and not (shared and name.startswith("tower/")) else ""
+            yield f"towers/{entry.name}{seed}/{name}", file.read_bytes()

@@ -20,7 +20,7 @@ class Category:
     category: str
     a: str
     b: str
-    n: int  # questions
+    n_samples: int  # questions
     n_clusters: int  # pictures
     accuracy: tuple[float, float]  # mean score of a and of b
     wins: float  # questions that a alone got right; of several trainings, the mean

@@ -1,8 +1,9 @@
 """From runs to figures, tests and sentences.
 
 Towers are compared in pairs on the same questions. The primary comparison, declared here and not chosen by its outcome, is the mean
-over the suite's benchmarks of the standardised difference. All others are secondary and get Holm's adjusted p-values before
-one is called a difference: a benchmark's accuracy, MME's points, recall. Categories within benchmarks are a look around, in
+over the suite's benchmarks of the standardised difference; of three towers and more there are several pairs, whose p-values get
+Holm's adjustment. All others are secondary and get it among themselves before one is called a difference: a benchmark's accuracy,
+MME's points, recall. Categories within benchmarks are a look around, in
 `eval_suites.categories`. Each model is also compared with itself shown a blank picture and other questions' pictures. With
 several trainings of each tower, paired by seed, figures and sentences speak of these recipes; with one, of these checkpoints.
 """
@@ -11,7 +12,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ AIM_RECALL = 0.10  # R@1 both ways of a tower trained by the method `clips`
 
 @dataclass(frozen=True)
 class Comparison:
-    """Mean score of `a` minus that of `b` over the same `n` samples. Of SUITE, in standard deviations of a question's score.
+    """Mean score of `a` minus that of `b` over the same samples. Of SUITE, in standard deviations of a question's score.
 
     Of the metrics MME_POINTS it is in MME's points.
     """
@@ -72,7 +73,10 @@ class Comparison:
     difference: float
     interval: tuple[float, float]
     p_value: float
-    n: int
+    adjusted_p: float  # Holm's, over the family that `with_verdicts` says
+    better: str | None  # None: cannot be told
+    n_samples: int
+    n_clusters: int  # pictures; of MME pairs of questions
     n_seeds: int = 1  # trainings of each
     inference: Inference = "checkpoint"
     detectable: float | None = None  # true difference that this design would have found four times in five
@@ -148,18 +152,21 @@ def first_trainings(runs: Sequence[Run]) -> list[Run]:
     return [own[0] for own in by_tower(runs).values()]
 
 
-def analyse(runs: Sequence[Run], seconds: Mapping[str, float], settings: Sequence[Setting]) -> Report:
+def analyse(
+    runs: Sequence[Run], seconds: Mapping[str, float], settings: Sequence[Setting], with_aims: bool = False
+) -> Report:
     """Figures, tests and sentences of `runs`, which answered the same questions.
 
     Args:
         seconds: what stages took on the clock, where somebody measured it; the others' are read from the folders.
         settings: in what the trainings are alike and in what not.
+        with_aims: say whether the demo's aims were met.
     """
     trainings = by_tower(runs)
     groups = question_groups(runs[0].records["real"])
     towers = {name: tower_figures(own, groups) for name, own in trainings.items()}
     pairs = list(itertools.combinations(trainings.values(), 2))
-    comparisons = [
+    comparisons = with_verdicts([
         *(
             row
             for a, b in pairs
@@ -170,8 +177,8 @@ def analyse(runs: Sequence[Run], seconds: Mapping[str, float], settings: Sequenc
             )
         ),
         *(row for a, b in pairs for row in retrievals(of_each_pretraining(a), of_each_pretraining(b))),
-    ]
-    controls = [
+    ])  # fmt: skip
+    controls = with_verdicts([
         _answered(
             group,
             name,
@@ -184,12 +191,13 @@ def analyse(runs: Sequence[Run], seconds: Mapping[str, float], settings: Sequenc
         for pictures in CONTROLS
         if all(pictures in run.records for run in own)
         for group, keys in groups.items()
-    ]
+    ])  # fmt: skip
     parts = categories_of(runs[0].records["real"], runs[0].suite)
     categories = [row for a, b in pairs for row in by_category(a, b, parts)]
     read = {stage: value for run in runs for stage, value in stage_seconds(run, len(runs) > len(towers)).items()}
     stages = {stage: value for stage, value in read.items() if whole_stage(stage) not in seconds}
-    aims = [aim for name, own in trainings.items() for aim in aims_of(own, towers[name], controls)]
+    judged = trainings.items() if with_aims else ()
+    aims = [aim for name, own in judged for aim in aims_of(own, towers[name], controls)]
     findings = sentences(towers, comparisons, controls) + [
         f"Aim {'met' if aim.met else 'missed'}: {aim.text} ({aim.figures})." for aim in aims
     ]
@@ -251,7 +259,9 @@ def tower_figures(own: Trainings, groups: Mapping[str, list[Key]]) -> dict[str, 
             **{name: trained.get(name) for name in costs},
         },
         "mllm": {
-            "path": _path(first.entry.tune and first.entry.tune / "model"),
+            "path": _path(
+                first.entry.tune and next(iter(first.entry.tune.glob("adapter")), first.entry.tune / "model")
+            ),
             "align": _path(first.entry.align),
             "tune": _path(first.entry.tune),
             "seeds": [run.seed for run in own],
@@ -380,9 +390,9 @@ def _scores(own: Trainings, pictures: str, keys: Sequence[Key]) -> Scores:
     return np.array([[run.records[pictures][key].score for key in keys] for run in own])
 
 
-def _clusters(own: Trainings, keys: Sequence[Key]) -> list[tuple[str, str]]:
-    """Pictures of different benchmarks are different clusters."""
-    return [(key[0], own[0].records["real"][key].cluster) for key in keys]
+def _clusters(own: Trainings, keys: Sequence[Key]) -> list[str]:
+    """A picture that two benchmarks share is one cluster."""
+    return [own[0].records["real"][key].cluster for key in keys]
 
 
 def _categories(own: Trainings, keys: Sequence[Key]) -> list[str]:
@@ -402,43 +412,39 @@ def _points(own: Trainings, keys: Sequence[Key]) -> dict[str, Any]:
 
 def _plain(name: str, mean: Mean) -> dict[str, Any]:
     return {
-        name: mean.value, "interval": mean.interval, "n": mean.n_samples, "n_seeds": mean.n_seeds,
+        name: mean.value, "interval": mean.interval, "n_samples": mean.n_samples, "n_seeds": mean.n_seeds,
         "n_clusters": mean.n_clusters, "inference": mean.inference,
     }  # fmt: skip
 
 
-def _answered(
-    group: str, a: str, b: str, scores: Scores, other: Scores, clusters: Sequence[tuple[str, str]]
-) -> Comparison:
+def _answered(group: str, a: str, b: str, scores: Scores, other: Scores, clusters: Sequence[str]) -> Comparison:
     return _row(group, ACCURACY, a, b, paired_difference(scores, other, clusters))
 
 
 def _row(benchmark: str, metric: str, a: str, b: str, found: Difference) -> Comparison:
     return Comparison(
-        benchmark, metric, a, b, found.difference, found.interval, found.p_value, found.n_samples, found.n_seeds,
-        found.inference, found.detectable,
+        benchmark, metric, a, b, found.difference, found.interval, found.p_value, found.p_value, None, found.n_samples,
+        found.n_clusters, found.n_seeds, found.inference, found.detectable,
     )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- verdicts
 
 
-def verdicts(rows: Sequence[Comparison]) -> list[str | None]:
-    """Who is better in each row, None where it can't be told.
+def with_verdicts(rows: Sequence[Comparison]) -> list[Comparison]:
+    """Rows with Holm's adjusted p and, where it can be told, who is better: p <= 5 % and an interval that leaves out zero.
 
-    It can where the interval leaves out zero and p <= 5 %; p is Holm's over `rows` but for the primary comparison.
+    The primary comparisons, one a pair of towers, are a family; all other rows are another.
     """
-    secondary = [i for i, row in enumerate(rows) if row.benchmark != SUITE]
-    p_values = [row.p_value for row in rows]
-    for i, adjusted in zip(secondary, holm([p_values[i] for i in secondary]), strict=True):
-        p_values[i] = adjusted
-    return [_better(row, p) for row, p in zip(rows, p_values, strict=True)]
-
-
-def _better(row: Comparison, p_value: float) -> str | None:
-    if not told_apart(p_value, row.interval):
-        return None
-    return row.a if row.difference > 0 else row.b
+    found = list(rows)
+    for primary in (True, False):
+        family = [i for i, row in enumerate(rows) if (row.benchmark == SUITE) == primary]
+        for i, adjusted in zip(family, holm([rows[i].p_value for i in family]), strict=True):
+            row = rows[i]
+            winner = row.a if row.difference > 0 else row.b
+            better = winner if told_apart(adjusted, row.interval) else None
+            found[i] = replace(row, adjusted_p=adjusted, better=better)
+    return found
 
 
 def by_benchmark(rows: Sequence[Comparison]) -> dict[str, list[Comparison]]:
@@ -450,15 +456,16 @@ def by_benchmark(rows: Sequence[Comparison]) -> dict[str, list[Comparison]]:
 
 
 def aims_of(own: Trainings, figures: Mapping[str, Any], controls: Sequence[Comparison]) -> list[Aim]:
-    """The aims for towers trained by the method `clips`: that it retrieves, and that its LLaVA uses the picture."""
+    """The demo's aims for towers trained by the method `clips`: that it retrieves, and that its LLaVA uses the picture."""
     if figures["tower"]["method"] != "clips":
         return []
     aims = []
     if figures["zero_shot"]:
         recalls = {name: figures["zero_shot"][direction]["R@1"] for direction, name in DIRECTIONS.items()}
+        tower = checkpoint_of(f"the tower {own[0].name}", figures["tower"]["pretrainings"])
         aims.append(
             Aim(
-                f"the tower {own[0].name} retrieves with R@1 of at least {percent(AIM_RECALL)} % both ways among "
+                f"{tower} retrieves with R@1 of at least {percent(AIM_RECALL)} % both ways among "
                 f"{figures['zero_shot']['n']} held-out pictures",
                 min(recalls.values()) >= AIM_RECALL,
                 ", ".join(f"{name} {percent(value)} %" for name, value in recalls.items()),
@@ -466,7 +473,8 @@ def aims_of(own: Trainings, figures: Mapping[str, Any], controls: Sequence[Compa
         )
     for row in controls:
         if (row.benchmark, row.a, row.b) == (YES_NO, own[0].name, f"{own[0].name}, blank"):
-            text = f"the LLaVA with {own[0].name} beats itself shown a blank picture on all yes/no questions, interval above 0"
+            model = checkpoint_of(f"the LLaVA with {own[0].name}", len(own))
+            text = f"{model} beats itself shown a blank picture on all yes/no questions, interval above 0"
             aims.append(Aim(text, row.interval[0] > 0, f"{points(row.difference)} points {between(row.interval)}"))
     return aims
 
@@ -479,33 +487,33 @@ def sentences(
 ) -> list[str]:
     """What was found, in words; the headline first."""
     primary = [row for row in comparisons if row.benchmark == SUITE]
-    # Marks are of all rows, words for accuracy, MME's points and R@1 only.
-    marks = zip(comparisons, verdicts(comparisons), strict=True)
+    # Holm's family are all rows, words are for accuracy, MME's points and R@1 only.
     secondary = [
-        (row, better)
-        for row, better in marks
-        if row.benchmark != SUITE and row.metric in (ACCURACY, RECALLS[0], *MME_POINTS)
+        row for row in comparisons if row.benchmark != SUITE and row.metric in (ACCURACY, RECALLS[0], *MME_POINTS)
     ]
-    found = [
-        sentence
-        for row in primary
-        for sentence in (headline(row, pretrained(towers, row.a, row.b)), basis_sentence(row, towers))
-    ]
-    for row, better in secondary:
-        if better:
+    found = [] if len(primary) == 1 else [overview(primary)]
+    for row in primary:
+        found += [headline(row, pretrained(towers, row.a, row.b)), basis_sentence(row, towers, len(primary))]
+    for row in secondary:
+        if row.better:
             found.append(
-                f"On {row.benchmark}, {_of(row)}{better} is better by {amount(row).lstrip('+−')} points of "
-                f"{row.metric} ({row.a} − {row.b}: {amount(row)} {span(row)}, p {p_text(row.p_value)})."
+                f"On {row.benchmark}, {_of(row)}{row.better} is better by {amount(row).lstrip('+−')} points of "
+                f"{row.metric} ({row.a} − {row.b}: {amount(row)} {span(row)}, Holm's p {p_text(row.adjusted_p)})."
             )
-    unclear = [f"{row.benchmark} ({row.metric})" for row, better in secondary if not better]
-    if unclear:
-        these = " between these checkpoints" if primary[0].inference == "checkpoint" else ""
-        found.append(f"No difference{these} can be told on {', '.join(unclear)}.")
+    for pair in primary:
+        unclear = [row for row in secondary if not row.better and (row.a, row.b) == (pair.a, pair.b)]
+        if unclear:
+            these = "these checkpoints" if pair.inference == "checkpoint" else ""
+            between_them = f"{these} of {pair.a} and {pair.b}" if these else f"{pair.a} and {pair.b}"
+            on = ", ".join(f"{row.benchmark} ({row.metric})" for row in unclear)
+            found.append(f"No difference between {between_them} can be told on {on}.")
     for name, figures in towers.items():
         if figures["zero_shot"]:
             found.append(retrieval_sentence(name, figures["zero_shot"], pretrained(towers, name)))
     found += [control_sentence(row) for row in controls if row.benchmark == YES_NO and row.b.endswith(", blank")]
-    found += [told for name, own in towers.items() if (told := batch_sentence(name, own["evaluation"]))]
+    for name, own in towers.items():
+        told = batch_sentence(checkpoint_of(name, len(own["mllm"]["seeds"])), own["evaluation"])
+        found += [] if told is None else [told]
     found += [judge_sentence(task, judge) for task, judge in next(iter(towers.values()))["judges"].items()]
     found += [cost for a, b in itertools.combinations(towers, 2) if (cost := cost_sentence(a, b, towers))]
     found.append(reach_sentence(primary[0], towers))
@@ -517,13 +525,32 @@ def _of(row: Comparison) -> str:
     return "of these checkpoints, " if row.inference == "checkpoint" else ""
 
 
+def checkpoint_of(name: str, trainings: int) -> str:
+    """A tower's models in a sentence: of one training it must not leave that unsaid."""
+    return f"this checkpoint of {name}" if trainings == 1 else name
+
+
+def overview(primary: Sequence[Comparison]) -> str:
+    """The primary comparisons of three towers and more: who is better than whom."""
+    losers: dict[str, list[str]] = {}
+    for row in primary:
+        if row.better:
+            losers.setdefault(row.better, []).append(row.b if row.better == row.a else row.a)
+    told = [f"{name} is better than {' and '.join(own)}" for name, own in losers.items()]
+    unclear = [f"{row.a} and {row.b}" for row in primary if not row.better]
+    told += [f"{'; '.join(unclear)} cannot be told apart"] if unclear else []
+    count = len({name for row in primary for name in (row.a, row.b)})
+    kind = "checkpoints" if primary[0].inference == "checkpoint" else "towers"
+    return f"Of these {count} {kind}, over the suite: {'; '.join(told)}."
+
+
 def headline(row: Comparison, pretrainings: int = 1) -> str:
-    """The primary comparison in words.
+    """A primary comparison in words.
 
     Args:
         pretrainings: of each tower.
     """
-    better = _better(row, row.p_value)
+    better = row.better
     kind = "checkpoints" if row.inference == "checkpoint" else "towers" if pretrainings == 1 else "ways of pretraining"
     trained = "" if row.inference == "checkpoint" else f", with {row.n_seeds} trainings of each"
     if better is None:
@@ -544,14 +571,15 @@ def deviations(value: float, signed: bool = True) -> str:
     return f"{points(value, signed)} %"
 
 
-def basis_sentence(row: Comparison, towers: Mapping[str, Mapping[str, Any]]) -> str:
-    """What the headline rests on."""
+def basis_sentence(row: Comparison, towers: Mapping[str, Mapping[str, Any]], pairs: int = 1) -> str:
+    """What a headline rests on, one of `pairs`."""
     a, b = (towers[name]["benchmarks"][ALL] for name in (row.a, row.b))
-    trainings = "" if row.n_seeds == 1 else f" by {row.n_seeds} trainings of each, paired by seed"
+    trainings = ", these checkpoints" if row.n_seeds == 1 else f", {row.n_seeds} trainings of each, paired by seed,"
+    p = "p" if pairs == 1 else f"Holm's p of {pairs} pairs of towers"
     return (
-        f"Asked the same {row.n} questions about {a['n_clusters']} pictures{trainings}, {row.a} answers "
-        f"{percent(a[ACCURACY])} % rightly and {row.b} {percent(b[ACCURACY])} %; in the headline every benchmark counts alike, in "
-        f"standard deviations of a question's score; p {p_text(row.p_value)}, paired."
+        f"Asked the same {row.n_samples} questions about {a['n_clusters']} pictures{trainings} answer {percent(a[ACCURACY])} % "
+        f"({row.a}) and {percent(b[ACCURACY])} % ({row.b}) rightly; in the headline every benchmark counts alike, in standard "
+        f"deviations of a question's score; {p} {p_text(row.adjusted_p)}, paired."
     )
 
 
@@ -572,16 +600,32 @@ def reach_sentence(row: Comparison, towers: Mapping[str, Mapping[str, Any]]) -> 
             "Each tower's LLaVA was trained once, so all this is about these checkpoints: intervals and tests say what other "
             "questions of the same kind could have changed, not what another training would have."
         )
-    several = pretrained(towers) > 1
+    anew = [name for name in towers if pretrained(towers, name) > 1]
+    once = [name for name in towers if name not in anew]
+    if not anew:
+        of_towers = "Each tower itself was pretrained once."
+    elif not once:
+        of_towers = "Each seed had a tower of its own, so that other pretrainings are among them."
+    else:
+        of_towers = (
+            f"Other pretrainings are among them for {' and '.join(anew)}, of which each seed had its own, and not for "
+            f"{' and '.join(once)}, pretrained once."
+        )
     return (
         f"Each tower's LLaVA was trained with {row.n_seeds} seeds, so intervals and tests say what other trainings and other "
-        "questions of the same kind could have changed. "
-        + (
-            "Each seed had a tower of its own, so that other pretrainings are among them."
-            if several
-            else "Each tower itself was pretrained once."
-        )
+        f"questions of the same kind could have changed. {of_towers}"
     )
+
+
+def pretraining_words(towers: Mapping[str, Mapping[str, Any]]) -> str:
+    """How often the towers were pretrained: once; 3 times; once (openai) or 3 times (clips)."""
+    by_count: dict[int, list[str]] = {}
+    for name in towers:
+        by_count.setdefault(pretrained(towers, name), []).append(name)
+    words = {count: "once" if count == 1 else f"{count} times" for count in by_count}
+    if len(by_count) == 1:
+        return words[next(iter(by_count))]
+    return " or ".join(f"{words[count]} ({', '.join(by_count[count])})" for count in sorted(by_count))
 
 
 def retrieval_sentence(name: str, figures: Mapping[str, Any], pretrainings: int = 1) -> str:
@@ -590,20 +634,20 @@ def retrieval_sentence(name: str, figures: Mapping[str, Any], pretrainings: int 
         f"{label} {percent(figures[direction]['R@1'])} % {between(figures['intervals'][direction]['R@1'], signed=False)}"
         for direction, label in DIRECTIONS.items()
     ]
-    subject = f"this checkpoint of {name}" if pretrainings == 1 else f"{name}, pretrained {pretrainings} times,"
+    subject = checkpoint_of(name, 1) if pretrainings == 1 else f"{name}, pretrained {pretrainings} times,"
     chance = f"chance {percent(figures['chance']['R@1'])} %"
     return f"Among {figures['n']} held-out pictures, {subject} retrieves with R@1 {' and '.join(ways)}; {chance}."
 
 
 def control_sentence(row: Comparison) -> str:
     """Whether a model's yes/no answers come from the picture."""
-    figures = f"{points(row.difference)} points {between(row.interval)}, p {p_text(row.p_value)}, {row.n} questions"
-    better = _better(row, row.p_value)
-    model = f"this checkpoint of the LLaVA with {row.a}" if row.inference == "checkpoint" else f"the LLaVA with {row.a}"
+    figures = f"{points(row.difference)} points {between(row.interval)}, Holm's p {p_text(row.adjusted_p)}"
+    figures += f", {row.n_samples} questions"
+    model = checkpoint_of(f"the LLaVA with {row.a}", row.n_seeds)
     subject = model[0].upper() + model[1:]
-    if better == row.a:
+    if row.better == row.a:
         return f"{subject} uses the picture: on yes/no questions it beats itself shown a blank one by {figures}."
-    if better == row.b:
+    if row.better == row.b:
         return f"{subject} answers yes/no questions worse than when shown a blank picture: {figures}."
     return f"It cannot be told whether {model} uses the picture: yes/no questions, real − blank {figures}."
 

@@ -37,7 +37,8 @@ def run_demo(smoke: bool = False, out: Path | None = None) -> Path:
         print(f"\n[{number}/{len(stages)}] {name}   ({clock.total() / 60:.1f} minutes so far)", flush=True)
         with_clock(clock, name, stage)
     print()
-    compare([Entry.of(out / tower) for tower in TOWERS], out, out / "world" / "benchmarks", clock.seconds)
+    entries = [Entry.of(out / tower) for tower in TOWERS]
+    compare(entries, out, out / "world" / "benchmarks", clock.seconds, with_aims=True)
     print(f"\n{clock.total() / 60:.1f} minutes in all. The page: {out / 'report.html'}")
     return out
 

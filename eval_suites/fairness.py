@@ -14,9 +14,9 @@ from eval_suites.records import Run
 
 Kind = Literal["identical", "nature", "otherwise"]
 
-# Of a stage's settings: what is the study's bookkeeping (the folders' contents are compared by their hashes), and the seed, in
-# which trainings of one tower differ and those of two are paired.
-PLACES = ("out", "align", "tower", "seed", "data.json", "data.images")
+# Of a stage's settings: what is the study's bookkeeping. The folders' contents are compared by their hashes.
+PLACES = ("out", "align", "tower", "data.json", "data.images")
+SEEDS = ("align.seed", "tune.seed")  # trainings of one tower differ in them, and those of two are paired
 PACKAGES = ("clips-llava", "torch", "transformers", "tokenizers", "peft", "accelerate", "pillow", "lmms-eval")
 VISION = ("model_type", "image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
@@ -41,15 +41,19 @@ def settings_table(runs: Sequence[Run], waived: Sequence[str] = ()) -> list[Sett
     Raises:
         InputError: if anything else than the towers' nature differs and is not waived, naming all of it.
     """
-    found = {(run.name, run.seed): settings_of(run) for run in runs}
+    found = {(run.name, run.seed): settings_of(run) for run in sorted(runs, key=lambda run: run.seed)}
     table = []
     for key in dict.fromkeys(key for own in found.values() for key in own):
         by_tower: dict[str, list[Any]] = {}
         for (name, _), own in found.items():
             by_tower.setdefault(name, []).append(own.get(key))
-        differs = any(value != values[0] for values in by_tower.values() for value in values) or (
-            len({repr(values[0]) for values in by_tower.values()}) > 1
-        )
+        first = next(iter(by_tower.values()))
+        if key in SEEDS:
+            differs = any(
+                mine != theirs for values in by_tower.values() for mine, theirs in zip(values, first, strict=False)
+            )
+        else:
+            differs = any(value != first[0] for values in by_tower.values() for value in values)
         kind: Kind = "identical" if not differs else "nature" if is_nature(key) else "otherwise"
         shown = {
             name: values[0] if all(value == values[0] for value in values) else values
@@ -88,9 +92,12 @@ def _settings(run: Run) -> Iterator[tuple[str, Any]]:
     if "align" in manifests:
         yield "tower.spec", manifests["align"]["config"].get("tower")
         yield "tower.hash", manifests["align"]["inputs"].get("tower")
-    if run.entry.tune is not None and (run.entry.tune / "model" / "config.json").is_file():
-        yield from _tower_in_llava(read_json(run.entry.tune / "model" / "config.json"))
-        processor = run.entry.tune / "model" / "processor_config.json"
+    # A stage 2 that kept its adapter alone goes on from stage 1's model, whose tower it left as it was.
+    stages = [folder / "model" for folder in (run.entry.tune, run.entry.align) if folder is not None]
+    model = next((folder for folder in stages if (folder / "config.json").is_file()), None)
+    if model is not None:
+        yield from _tower_in_llava(read_json(model / "config.json"))
+        processor = model / "processor_config.json"
         if processor.is_file():
             pixels = read_json(processor).get("image_processor", {})
             yield from (

@@ -9,7 +9,6 @@ import contextlib
 import datetime
 import hashlib
 import json
-import os
 import random
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
-from clips_core.captioners import Endpoint, Outcome, Reply
+from clips_core.captioners import Endpoint, Outcome, Reply, check_endpoint, read_key
 from clips_core.config import FORBID
 from clips_core.errors import InputError
 from clips_core.folders import MANIFEST, read_json, read_manifest, write_bytes, write_json
@@ -68,11 +67,7 @@ class JudgeConfig:
     """More keys of the request's JSON; null removes one."""
 
     def __post_init__(self) -> None:
-        url = urlsplit(self.endpoint)
-        if url.username or url.password:
-            raise ValueError("endpoint: holds a password; put it in a variable and name that in api_key_env")
-        if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment:
-            raise ValueError(f"endpoint: must be an address like http://localhost:8000/v1, not {self.endpoint!r}")
+        check_endpoint(self.endpoint)
 
 
 @plain_dataclass(eq=False)
@@ -113,7 +108,7 @@ def judge(config: JudgeConfig) -> list[Path]:
     judged = [folder for folder in folders if judged_tasks(suite_of(read_manifest(folder), folder))]
     if not judged:
         raise InputError(f"{config.run}: no task of its suite asks for a judge; its scores are in results.json")
-    _key(config)
+    read_key(config.api_key_env)
     import_lmms_eval()
     for folder in judged:
         _judge_folder(folder, config)
@@ -330,8 +325,8 @@ def _ask(verdicts: Sequence[Verdict], config: JudgeConfig, name: str, journal: P
     """Ask for all verdicts; each is in the journal as soon as it is there."""
     failed: list[tuple[Verdict, Outcome]] = []
     endpoint = JudgeEndpoint(
-        config.endpoint, config.model, config.max_new_tokens, _key(config), config.temperature, config.concurrency,
-        config.timeout, config.retries, config.retry_wait, config.extra,
+        config.endpoint, config.model, config.max_new_tokens, read_key(config.api_key_env), config.temperature,
+        config.concurrency, config.timeout, config.retries, config.retry_wait, config.extra,
     )  # fmt: skip
     with (
         open(journal, "a", encoding="utf-8") as file,
@@ -360,15 +355,6 @@ def _ask(verdicts: Sequence[Verdict], config: JudgeConfig, name: str, journal: P
         )
 
 
-def _key(config: JudgeConfig) -> str:
-    if config.api_key_env is None:
-        return ""
-    key = os.environ.get(config.api_key_env, "").strip()
-    if not key:
-        raise InputError(f"api_key_env: there is no environment variable {config.api_key_env}, or it is empty")
-    return key
-
-
 def number(reply: str) -> float | None:
     """The score that a reply begins with, as MM-Vet reads it; None if that is no number of 0-1."""
     words = reply.rpartition("</think>")[2].split()
@@ -389,7 +375,7 @@ class JudgeEndpoint(Endpoint):
         for attempt in range(TRIES):
             temperature = self.temperature + WARMER * attempt
             seed = random.Random(f"{task.doc_id} {task.repeat} {attempt}").randrange(2**31 - 1)
-            reply: Any = await self._ask(client, task.messages, "", seed, temperature)
+            reply: Any = await self._ask(client, task.messages, seed, temperature)
             if not isinstance(reply, NamedReply):
                 return task, reply
             said, task.answered_by = reply.text, reply.answered_by
@@ -400,20 +386,8 @@ class JudgeEndpoint(Endpoint):
 
     async def _probe(self, client: Any) -> Any:
         messages = [{"role": "user", "content": "Reply with the number 1.0 and nothing else."}]
-        answer = await self._ask(client, messages, "", 0, self.temperature)  # type: ignore[arg-type]
+        answer = await self._ask(client, messages, 0, self.temperature)
         return None if isinstance(answer, Reply) else answer
-
-    def _body(self, picture: Any, prompt: str, seed: int, temperature: float) -> dict[str, Any]:
-        """`picture` holds the messages."""
-        body: dict[str, Any] = {
-            "model": self.model,
-            "messages": picture,
-            "max_tokens": self.max_new_tokens,
-            "temperature": temperature,
-        }
-        if temperature:
-            body["seed"] = seed
-        return {name: value for name, value in (body | self.extra).items() if value is not None}
 
     def _parse(self, response: Any) -> Reply | None:
         reply = super()._parse(response)

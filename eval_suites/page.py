@@ -92,12 +92,12 @@ def render(report: Report, runs: Sequence[Run], patterns: Sequence[Pattern]) -> 
     template.filters |= {"setting": comparison.short_value, "count": count_text, "batch": batch_words}
     template.filters["label"] = lambda benchmark: LABELS.get(benchmark, benchmark)
     answers = [row for row in report.comparisons if row.metric == ACCURACY]
-    primary = next(row for row in report.comparisons if row.benchmark == SUITE)
+    pairs = [row for row in report.comparisons if row.benchmark == SUITE]
+    primary = pairs[0]
     points = [row for row in report.comparisons if row.metric in MME_POINTS]
     retrievals = [row for row in report.comparisons if row.metric in RECALLS]
     names = list(report.towers)
     several = len(runs) > len(names)
-    marks = comparison.verdicts(report.comparisons)
     return template.get_template("report.html.j2").render(
         report=report,
         runs=runs,
@@ -105,9 +105,11 @@ def render(report: Report, runs: Sequence[Run], patterns: Sequence[Pattern]) -> 
         numbers_of={name: number for number, name in enumerate(names)},
         numbers={name: number % COLOURS for number, name in enumerate(names)},
         primary=primary,
+        pairs=pairs,
         recipes=primary.inference == "recipe",
         pretrainings=comparison.pretrained(report.towers),
-        firsts=comparison.first_trainings(runs),
+        pretraining_words=comparison.pretraining_words(report.towers),
+        primary_seed=min(run.seed for run in runs),
         headline=report.findings[0],
         basis=report.findings[1],
         answers=comparison.by_benchmark(answers),
@@ -116,19 +118,13 @@ def render(report: Report, runs: Sequence[Run], patterns: Sequence[Pattern]) -> 
         categories=categories_shown(report.categories),
         few_categories=FEW_CATEGORIES,
         controls=comparison.by_benchmark(report.controls),
-        better={
-            (row.benchmark, row.metric, row.a, row.b): mark for row, mark in zip(report.comparisons, marks, strict=True)
-        },
-        working={
-            (row.benchmark, row.b): mark
-            for row, mark in zip(report.controls, comparison.verdicts(report.controls), strict=True)
-        },
+        better={(row.benchmark, row.metric, row.a, row.b): row.better for row in report.comparisons},
         limits={
             "answers": limit(answers),
             "mme": 50.0 * ceil(max((abs(bound) for row in points for bound in row.interval), default=1.0) / 50),
             "retrievals": limit(retrievals),
             "controls": limit(report.controls),
-            "primary": limit([primary]),
+            "primary": limit(pairs),
         },
         pooled=(ALL, YES_NO),
         asked=ASKED,
@@ -158,7 +154,7 @@ def categories_shown(
     shown = []
     for benchmark in dict.fromkeys(row.benchmark for row in rows):
         own = [row for row in rows if row.benchmark == benchmark]
-        bars = max(max(row.wins, row.losses) / row.n for row in own)
+        bars = max(max(row.wins, row.losses) / row.n_samples for row in own)
         bounds = max(abs(bound) for row in own for bound in row.interval)
         # Few trainings or questions make intervals so long that they would squash the bars.
         end = max(min(bounds, LONGEST_WHISKER * bars), *(abs(row.difference) for row in own), bars)

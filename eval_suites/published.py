@@ -32,6 +32,7 @@ SETTINGS = ("tower", "resolution", "llm", "recipe")
 # Settings of a stage that are not its recipe's: what is compared by itself, and how a step is worked off.
 NOT_RECIPE = (
     *PLACES,
+    "seed",
     "image_size",
     "llm",
     "workers",

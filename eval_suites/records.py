@@ -126,12 +126,10 @@ def read_run(entry: Entry) -> Run:
     _check_chain(entry, manifests)
     shown = [pictures for pictures in PICTURES if pictures in folders]
     # Without the weights (of a bundle) what was recorded of them must do: all evaluations are of one model.
-    has_weights = entry.tune is not None and any((entry.tune / "model").glob("*.safetensors"))
-    model = (
-        model_fingerprint(entry.tune / "model")
-        if entry.tune and has_weights
-        else manifests["real"]["inputs"].get("model")
+    weights = entry.tune is not None and any(
+        path for kind in ("model", "adapter") for path in (entry.tune / kind).glob("*.safetensors")
     )
+    model = model_fingerprint(entry.tune) if entry.tune and weights else manifests["real"]["inputs"].get("model")
     for pictures in shown:
         manifest, folder = manifests[pictures], folders[pictures]
         if manifest["config"].get("pictures") != pictures:

@@ -31,7 +31,6 @@ from eval_suites.comparison import (
     points,
     short_value,
     span,
-    verdicts,
 )
 from eval_suites.fairness import settings_table
 from eval_suites.judge import check_judged
@@ -50,6 +49,7 @@ def compare(
     seconds: Mapping[str, float] | None = None,
     waived: Sequence[str] = (),
     reference: Path | None = None,
+    with_aims: bool = False,
 ) -> Report:
     """Compare the runs of `entries`; print tables; write report.html, .json, .csv and .tex and categories.csv into `out`.
 
@@ -58,6 +58,7 @@ def compare(
         seconds: what stages took on the clock, where that is known (the demo's, the drawing of the world among them).
         waived: settings that may differ although they are not the towers' nature (see `eval_suites.fairness`).
         reference: folder of a `study reference`, the anchor; None: none was run.
+        with_aims: say whether the demo's aims were met.
 
     Raises:
         InputError: if a folder is missing, unfinished or another stage's, a file is malformed, two runs did not answer
@@ -70,7 +71,7 @@ def compare(
     check_same_questions(runs)
     settings = settings_table(runs, waived)
     patterns = samples.choose([run.records["real"] for run in first_trainings(runs)], runs[0].suite, data)
-    report = analyse(runs, seconds or {}, settings)
+    report = analyse(runs, seconds or {}, settings, with_aims)
     ours = None if reference is None else anchor.read_anchor(reference)
     report = replace(report, published=beside(by_tower(runs)), anchor=ours, anchored=anchor.sentences(ours, runs))
     write_bytes(out / "report.html", page.render(report, runs, patterns).encode())
@@ -86,18 +87,20 @@ def as_csv(report: Report) -> str:
     """A line for each figure of a tower and for each comparison."""
     file = io.StringIO(newline="")
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["benchmark", "metric", "a", "b", "value", "low", "high", "p_value", "n", "n_seeds", "inference"])
+    writer.writerow(["benchmark", "metric", "a", "b", "value", "low", "high", "p_value", "adjusted_p", "better",
+                     "n_samples", "n_clusters", "n_seeds", "inference"])  # fmt: skip
     for name, figures in report.towers.items():
         for benchmark, own in figures["benchmarks"].items():
             values = {ACCURACY: (own[ACCURACY], own)} | {
                 metric: (found["value"], found) for metric, found in own["points"].items()
             }
             for metric, (value, found) in values.items():
-                writer.writerow([benchmark, metric, name, "", value, *found["interval"], "", found["n"],
-                                 len(figures["mllm"]["seeds"]), ""])  # fmt: skip
+                writer.writerow([benchmark, metric, name, "", value, *found["interval"], "", "", "", found["n_samples"],
+                                 found["n_clusters"], found["n_seeds"], found["inference"]])  # fmt: skip
     for row in (*report.comparisons, *report.controls):
-        writer.writerow([row.benchmark, row.metric, row.a, row.b, row.difference, *row.interval, row.p_value, row.n,
-                         row.n_seeds, row.inference])  # fmt: skip
+        writer.writerow([row.benchmark, row.metric, row.a, row.b, row.difference, *row.interval, row.p_value,
+                         row.adjusted_p, row.better or "", row.n_samples, row.n_clusters, row.n_seeds,
+                         row.inference])  # fmt: skip
     return file.getvalue()
 
 
@@ -105,11 +108,11 @@ def categories_csv(report: Report) -> str:
     """A line for each category of a benchmark and pair of towers."""
     file = io.StringIO(newline="")
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["benchmark", "category", "a", "b", "n", "n_clusters", "accuracy_a", "accuracy_b", "wins", "losses",
+    writer.writerow(["benchmark", "category", "a", "b", "n_samples", "n_clusters", "accuracy_a", "accuracy_b", "wins", "losses",
                      "difference", "low", "high", "p_value", "adjusted_p", "better", "n_seeds", "inference"])  # fmt: skip
     for row in report.categories:
-        writer.writerow([row.benchmark, row.category, row.a, row.b, row.n, row.n_clusters, *row.accuracy, row.wins, row.losses,
-                         row.difference, *row.interval, row.p_value, row.adjusted_p, row.better or "", row.n_seeds,
+        writer.writerow([row.benchmark, row.category, row.a, row.b, row.n_samples, row.n_clusters, *row.accuracy, row.wins,
+                         row.losses, row.difference, *row.interval, row.p_value, row.adjusted_p, row.better or "", row.n_seeds,
                          row.inference])  # fmt: skip
     return file.getvalue()
 
@@ -125,8 +128,7 @@ def as_latex(report: Report) -> str:
         for benchmark, own in report.towers[names[0]]["benchmarks"].items()
         for metric in (ACCURACY, *own["points"])
     ]
-    marks = zip(report.comparisons, verdicts(report.comparisons), strict=True)
-    starred = {(row.benchmark, row.metric, row.b) for row, better in marks if better and row.a == names[0]}
+    starred = {(row.benchmark, row.metric, row.b) for row in report.comparisons if row.better and row.a == names[0]}
     heads = [_tex(benchmark if metric == ACCURACY else metric) for benchmark, metric in columns]
     lines = [f"\\begin{{tabular}}{{l{'c' * len(columns)}}}", "\\toprule"]
     lines += [" & ".join(["", *heads]) + r" \\", "\\midrule"]
@@ -180,7 +182,7 @@ def print_report(report: Report, console: Console) -> None:
     console.print(table("Retrieval among held-out pictures, in %", columns, recalls, words=2))
 
     answered = []
-    for row, better in zip(report.comparisons, verdicts(report.comparisons), strict=True):
+    for row in report.comparisons:
         if row.metric in (STANDARDISED, ACCURACY, *MME_POINTS):
             means = [_mean(report.towers[name]["benchmarks"].get(row.benchmark), row.metric) for name in names]
             pair = [f"{row.a} − {row.b}"] if len(names) > 2 else []
@@ -190,7 +192,7 @@ def print_report(report: Report, console: Console) -> None:
                 p_text(row.p_value).removeprefix("= "),
             ]
             what = f"{row.metric}, points" if row.metric in MME_POINTS else row.benchmark
-            answered.append([what, str(row.n), *means, *difference, better or "?"])
+            answered.append([what, str(row.n_samples), *means, *difference, row.better or "?"])
     pair = ["pair"] if len(names) > 2 else []
     columns = ["", "n", *names, *pair, "difference", "p", "better"]
     title = (
@@ -228,7 +230,7 @@ def _categories_table(report: Report) -> Table:
     shown = sorted(report.categories, key=lambda row: (row.p_value, -abs(row.difference)))[:MOST_CATEGORIES]
     rows = [
         [
-            f"{row.benchmark}: {row.category}", *([f"{row.a} − {row.b}"] if several else []), str(row.n),
+            f"{row.benchmark}: {row.category}", *([f"{row.a} − {row.b}"] if several else []), str(row.n_samples),
             count_text(row.wins), count_text(row.losses), points(row.difference), p_text(row.adjusted_p).removeprefix("= "),
         ]
         for row in shown

@@ -39,11 +39,13 @@ def launcher(gpus: int) -> list[str]:
 def run_step(step: Command) -> None:
     """Run a command to its end. Ctrl-C reaches it first: it saves, and so do we go.
 
+    It shares our claims to folders: were we killed, nobody would start the same step beside it.
+
     Raises:
         KeyboardInterrupt, Stopped: as it was told.
         InputError: if it fails. Why has been printed.
     """
-    process = subprocess.Popen(step.words)
+    process = subprocess.Popen(step.words, close_fds=False)
     before = signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))  # a scheduler tells us alone
     try:
         status = process.wait()

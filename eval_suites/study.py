@@ -12,7 +12,7 @@ finished point), study.json, the figure as captions.svg and captions.png, and ca
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,10 +23,10 @@ from rich.console import Console
 
 from clips_core.config import FORBID, PretrainConfig, Strategy, to_dict, what_trains
 from clips_core.errors import InputError
-from clips_core.folders import claimed, first_difference, read_json, read_manifest, write_bytes, write_json
+from clips_core.folders import MANIFEST, claimed, first_difference, read_json, read_manifest, write_bytes, write_json
 from clips_core.recaption import parse_part
 from eval_suites import study_page
-from eval_suites.comparison import between, percent
+from eval_suites.comparison import between, percent, query_pictures
 from eval_suites.grid import is_finished, point_config, train_points
 from eval_suites.study_curves import LABELS, MEASURES, Result, Study, analyse, scores_by_picture, tokens
 from eval_suites.terminal import table
@@ -236,11 +236,7 @@ def publish(config: CaptionStudyConfig, runs: dict[Point, PretrainConfig]) -> St
                 if difference is not None:
                     names = f"{rows[0]['folder']} and {row['folder']}"
                     raise InputError(f"{names} saw different data ({difference}); delete the one that is out of date")
-        owner = caption_owners(rows[0], next(iter(finished.values())))
-        results = [
-            Result(row, scores_by_picture(read_json(run.out / "zero_shot.json")["ranks"], owner))
-            for row, run in zip(rows, finished.values(), strict=True)
-        ]
+        results = [Result(row, read_scores(run)) for row, run in zip(rows, finished.values(), strict=True)]
         write_bytes(config.out / "results.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows).encode())
         study = analyse(results, to_dict(config), read_json(config.out / SETTINGS), len(runs))
         write_json(config.out / "study.json", study.to_dict())
@@ -250,17 +246,21 @@ def publish(config: CaptionStudyConfig, runs: dict[Point, PretrainConfig]) -> St
     return study
 
 
-def caption_owners(zero_shot: Mapping[str, Any], run: PretrainConfig) -> NDArray[np.int64]:
-    """The picture of each held-out caption, [C]. The held-out data is read only if pictures have several captions.
+def read_scores(run: PretrainConfig) -> dict[str, NDArray[np.float64]]:
+    """R@1 of every held-out picture by measure, [N], as a finished training evaluated itself.
 
-    Args:
-        zero_shot: `n` pictures and `captions` of an evaluation of this run.
+    Raises:
+        InputError: if it holds no evaluation, or one that does not say whose each of several captions is.
     """
-    if zero_shot["captions"] == zero_shot["n"]:
-        return np.arange(zero_shot["n"])
-    from clips_core.zero_shot import RetrievalSet
-
-    return RetrievalSet(run.evaluation, run.data, run.model.image_size).owner.numpy()
+    path = run.out / "zero_shot.json"
+    zero_shot = read_json(path)
+    owner = query_pictures(zero_shot, "text_to_image")
+    if owner is None:
+        raise InputError(
+            f"{path}: lacks `owner`, which says whose each of its {zero_shot['captions']} captions is; delete {MANIFEST} beside "
+            "it and run the same command to evaluate again"
+        )
+    return scores_by_picture(zero_shot["ranks"], np.array(owner))
 
 
 # --- what is said of it ---------------------------------------------------------------------------------------------

@@ -42,8 +42,7 @@ from eval_suites.grid import is_finished, point_config, train_points
 from eval_suites.methods_page import figure
 from eval_suites.page import duration
 from eval_suites.statistics import Difference, Mean, holm, mean_score, paired_difference
-from eval_suites.study import caption_owners
-from eval_suites.study_curves import scores_by_picture
+from eval_suites.study import read_scores
 from eval_suites.towers.config import ClassSet, TowerEvalConfig
 
 WEIGHTS = "export/open_clip/open_clip_model.safetensors"
@@ -249,8 +248,7 @@ def result(point: Point, run: PretrainConfig) -> dict[str, Any]:
         InputError: if its folder is another stage's, or holds no evaluation.
     """
     manifest, zero_shot = read_manifest(run.out, "pretrain"), read_json(run.out / "zero_shot.json")
-    outputs = manifest["outputs"]
-    scores = scores_by_picture(zero_shot["ranks"], caption_owners(zero_shot, run))
+    outputs, scores = manifest["outputs"], read_scores(run)
     return {
         "point": point.name,
         **point._asdict(),

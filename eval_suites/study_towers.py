@@ -33,6 +33,7 @@ from clips_core.errors import InputError
 from clips_core.folders import MANIFEST, claimed, first_difference, read_json, write_bytes, write_json
 from eval_suites.benchmarks import EvalConfig
 from eval_suites.grid import settings_of
+from eval_suites.kept import keep, restore
 from eval_suites.records import entries_of
 from eval_suites.steps import OWN_KEYS, Command, launcher, run_step
 from eval_suites.sweep import SweepConfig, best_rate, trials
@@ -58,6 +59,8 @@ class TowerStudyConfig:
     # By tower: keys of `clips-llava align` that are the tower's own nature, such as {siglip: {image_size: 384}}.
     own: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     sweep: SweepConfig | None = None  # of stage 1's learning rate; null: every tower is trained at align.learning_rate
+    # Folder of JSON files, one a finished training without its weights; those that are there are not run again. null: none.
+    results: Path | None = None
     reference: Path | None = None  # folder of a `study reference`: the anchor, shown on the page
     waive: list[str] = dataclasses.field(
         default_factory=list
@@ -75,7 +78,8 @@ class TowerStudyConfig:
                 raise ValueError(f"towers: {name!r} becomes a folder: letters, digits, - _ . only")
         if self.sweep is not None and self.sbatch is not None:
             raise ValueError(
-                "sweep and sbatch do not go together: run the sweep first (seeds=[0]), then submit with align.learning_rate"
+                "sweep and sbatch do not go together: run the sweep first, in another out, then submit with the rates that it "
+                "printed: own.NAME.learning_rate=… for each tower, and waive=[align.learning_rate]"
             )
         for name in self.own:
             if name not in self.towers:
@@ -87,12 +91,20 @@ def overrides(
 ) -> list[str]:
     """The command line's options as `key=value`. A tower without a name is called by the last word of its spec.
 
+    Args:
+        towers: all words behind `--towers`; a key of the study among them, such as `evaluate.data=benchmarks`, is a setting.
+
     Raises:
         InputError: if two towers would have one name.
     """
     named: dict[str, str] = {}
+    settings = []
+    keys = {field.name for field in dataclasses.fields(TowerStudyConfig)}
     for given in towers or ():
         name, separator, spec = given.partition("=")
+        if separator and name.partition(".")[0] in keys:
+            settings.append(given)
+            continue
         if not separator:
             name, spec = re.sub(r"[^\w.-]+", "-", re.split(r"[/:]", given.rstrip("/"))[-1]).strip("-."), given
         if name in named:
@@ -104,11 +116,12 @@ def overrides(
         "seeds": seeds and list(range(seeds)),
         "align.image_mode": image_mode,
     }
-    return [
+    options = [
         f"{key}={json.dumps(value)}"
         for key, value in (said | {"dry_run": dry_run or None}).items()
         if value is not None
     ]
+    return options + settings
 
 
 class Training(NamedTuple):
@@ -138,6 +151,7 @@ def study_towers(config: TowerStudyConfig) -> Path:
         print(_compare_command(config))
         return config.out
     _agree_on_settings(config)
+    _keep_and_restore(config, steps)
     if config.sbatch is not None:
         _submit(config, steps)
         return config.out
@@ -157,6 +171,7 @@ def study_towers(config: TowerStudyConfig) -> Path:
                 if not step.finished.exists():
                     print(f"\n[{number}/{len(steps)}] {training.tower}, seed {training.seed}\n$ {step}", flush=True)
                     run_step(step)
+            _keep_and_restore(config, {training: of_training})
         compare_finished(config)
     missing = [
         training for training, of_training in steps.items() if not all(step.finished.exists() for step in of_training)
@@ -231,13 +246,21 @@ def swept(config: TowerStudyConfig, tower: str) -> tuple[SweepConfig, dict[str, 
 
 
 def _agree_on_settings(config: TowerStudyConfig) -> None:
-    """Write down the recipe, or compare it with that of an earlier run. More towers and more seeds may be added."""
-    settings = {name: to_dict(config)[name] for name in ("align", "tune", "evaluate")}
+    """Write down the recipe, or compare it with that of an earlier run. More towers and more seeds may be added.
+
+    Before the first training the sweep may be made wider: its trials stand for themselves.
+    """
+    settings = {name: to_dict(config)[name] for name in ("align", "tune", "evaluate", "sweep")}
+    own = {name: config.own.get(name, {}) for name in config.towers}
     with claimed(config.out, wait=True):
         path = config.out / SETTINGS
-        if not path.exists():
-            write_json(path, settings)
-        difference = first_difference(read_json(path), settings)
+        before = read_json(path) if path.exists() else settings | {"own": {}}
+        if not any(config.out.glob("*/seed*/align")):
+            before["sweep"] = settings["sweep"]
+        known = before.get("own", {})
+        difference = first_difference(before, settings | {"own": {name: own.get(name, known[name]) for name in known}})
+        if difference is None:
+            write_json(path, settings | {"own": known | own})
     if difference is not None:
         raise InputError(
             f"{config.out} holds a study with another recipe ({difference}); choose another out or delete it"
@@ -262,6 +285,21 @@ def _link_tower(folder: Path, spec: str) -> None:
     if kind == "clips" and (Path(place) / MANIFEST).is_file() and not (folder / "tower").exists():
         (folder / "tower").unlink(missing_ok=True)  # of a run that has moved
         (folder / "tower").symlink_to(Path(place).resolve(), target_is_directory=True)
+
+
+def _keep_and_restore(config: TowerStudyConfig, steps: Mapping[Training, Sequence[Command]]) -> None:
+    """Write finished trainings to `results`, and those that are there, but not here, from `results`."""
+    if config.results is None:
+        return
+    for training, of_training in steps.items():
+        path = config.results / f"{training.tower}-seed{training.seed}.json"
+        settings = {name: to_dict(config)[name] for name in ("align", "tune", "evaluate")}
+        settings |= {"tower": spec_of(config, training), "own": config.own.get(training.tower, {})}
+        if path.is_file():
+            restore(path, config.out, settings)
+        elif all(step.finished.exists() for step in of_training):
+            entry = next(own for own in entries_of(config.out / training.tower) if own.seed == training.seed)
+            keep(path, config.out, entry, settings)
 
 
 def compare_finished(config: TowerStudyConfig) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from pydantic import Field
@@ -30,6 +30,7 @@ from llava_bridge.mixture import MIXTURES, Stage, draw
 # Bytes of a 4-bit weight: NF4 in blocks of 64, whose scales are 8-bit themselves, in blocks of 256 (QLoRA's double quantisation).
 NF4 = 0.5 + 1 / 64 + FP32 / (64 * 256)
 BATCHES = 48  # batches that are drawn to see how much padding there is
+UNNAMED = Path("unnamed")  # where a plan does not care what lies where
 LOSS_CHUNK = 1024  # labelled positions whose logits exist at once where there is no fused kernel, as in `loss.CHUNK`
 
 
@@ -64,6 +65,17 @@ class TunePlanConfig(LlavaPlanConfig):
     image_size: int | None = Field(default=None, ge=1)  # pixels; null: the tower's own
     projector: Projector = "mlp2x_gelu"
     select_layer: int = -2
+
+
+@config_dataclass(config=FORBID, kw_only=True)
+class _PlannedTune(TuneConfig):
+    """Stage 2 before there is a stage 1."""
+
+    align: Path = UNNAMED
+
+
+PlanT = TypeVar("PlanT", bound=LlavaPlanConfig)
+StageT = TypeVar("StageT", bound=StageConfig)
 
 
 @dataclass(frozen=True)
@@ -126,9 +138,7 @@ def plan_align(package_folder: Path, settings: Sequence[str]) -> dict[str, Any]:
     Raises:
         InputError: for an unknown key, model or tower, or a batch that the GPUs cannot share evenly.
     """
-    of_plan, of_run = split_settings(LlavaPlanConfig, settings)
-    cluster = load_config(LlavaPlanConfig, None, of_plan)
-    config = load_settings(AlignConfig, package_folder, [*of_run, *_unnamed(of_run, "data.json", "data.images", "out")])
+    cluster, config = _read(LlavaPlanConfig, AlignConfig, package_folder, settings)
     run = Run(
         stage="align",
         llm=read_llm(config.llm),
@@ -148,15 +158,14 @@ def plan_tune(package_folder: Path, settings: Sequence[str]) -> dict[str, Any]:
         settings: recipes, then overrides: of `TunePlanConfig` where it has such a key, else of the recipe.
 
     Raises:
-        InputError: for an unknown key, model or tower, or a batch that the GPUs cannot share evenly.
+        InputError: for an unknown key, model or tower, no model at all, or a batch that the GPUs cannot share evenly.
     """
-    of_plan, of_run = split_settings(TunePlanConfig, settings)
-    cluster = load_config(TunePlanConfig, None, of_plan)
-    if cluster.llm is None or cluster.tower is None:
-        found = _unnamed(of_run, "data.json", "data.images", "out")
-    else:  # stage 1's folder need not be there
-        found = _unnamed(of_run, "data.json", "data.images", "align", "out")
-    config = load_settings(TuneConfig, package_folder, [*of_run, *found])
+    cluster, config = _read(TunePlanConfig, _PlannedTune, package_folder, settings)
+    if config.align == UNNAMED and (cluster.llm is None or cluster.tower is None):
+        raise InputError(
+            "stage 2 of which model? Say both llm= and tower= (llm=vicuna-7b tower=clip-l14-336, for example), or align= with "
+            "the folder of a finished stage 1"
+        )
     run = Run(
         stage="tune",
         llm=read_llm(cluster.llm or str(config.align)),
@@ -173,10 +182,16 @@ def plan_tune(package_folder: Path, settings: Sequence[str]) -> dict[str, Any]:
     return _finish(run, config, cluster)
 
 
-def _unnamed(settings: Sequence[str], *keys: str) -> list[str]:
-    """Settings for what a run needs and its plan does not: where data and results lie."""
-    named = {setting.partition("=")[0] for setting in settings}
-    return [f"{key}=unnamed" for key in keys if key not in named and key.partition(".")[0] not in named]
+def _read(
+    plan: type[PlanT], stage: type[StageT], package_folder: Path, settings: Sequence[str]
+) -> tuple[PlanT, StageT]:
+    """The plan's settings and the stage's; where data and results lie need not be said."""
+    of_plan, of_run = split_settings(plan, settings)
+    named = {setting.partition("=")[0] for setting in of_run}
+    for key in ("data.json", "data.images", "out"):
+        if named.isdisjoint((key, key.partition(".")[0])):
+            of_run.append(f"{key}={UNNAMED}")
+    return load_config(plan, None, of_plan), load_settings(stage, package_folder, of_run)
 
 
 def _common(stage: Stage, config: StageConfig, cluster: LlavaPlanConfig) -> dict[str, Any]:

@@ -6,6 +6,9 @@ import shutil
 import signal
 import socket
 import tempfile
+from collections.abc import Iterator
+
+import pytest
 
 # Read by libraries at import, so set before any of them: conftest.py is imported first.
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # tensors here are tiny: more threads only wait for one another
@@ -30,3 +33,14 @@ def _connect_to_this_machine_only(self: socket.socket, address: object) -> None:
 
 
 socket.socket.connect = _connect_to_this_machine_only  # type: ignore[method-assign]
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Matrices of 32 columns gain nothing from a second thread, and waiting for it on a busy machine costs a lot."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

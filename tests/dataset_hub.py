@@ -2,14 +2,13 @@
 
 import contextlib
 import hashlib
-import http.server
-import json
 import re
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from web_server import JsonHandler, serving
 
 COMMIT = "a" * 40
 
@@ -26,7 +25,7 @@ class DatasetHub:
     address: str = ""
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
+class _Handler(JsonHandler):
     hub: DatasetHub
 
     def do_HEAD(self) -> None:
@@ -35,13 +34,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         if found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/(\w+)/?", path):
-            self._json([_entry(self.hub.root / found[1], file) for file in _files(self.hub.root / found[1])])
+            self.answer([_entry(self.hub.root / found[1], file) for file in _files(self.hub.root / found[1])])
         elif found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/revision/(\w+))?", path):
             if not (self.hub.root / found[1]).is_dir():
-                self._json({"error": "no such repository"}, 404)
+                self.answer({"error": "no such repository"}, 404)
                 return
             info = {"id": found[1], "sha": found[2] or self.hub.commit, "private": False, "siblings": [], "tags": []}
-            self._json(info)
+            self.answer(info)
         else:
             self._file(head=False)
 
@@ -50,7 +49,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         assert found is not None, self.path
         name = f"{found[1]}/{found[3]}"
         if name in self.hub.refused:
-            self._json({"error": "refused"}, 403)
+            self.answer({"error": "refused"}, 403)
             return
         file = self.hub.root / name
         content = file.read_bytes()
@@ -73,17 +72,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         else:
             self.wfile.write(content[start:])
-
-    def _json(self, value: Any, status: int = 200) -> None:
-        body = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args: Any) -> None:
-        pass
 
 
 def _files(repository: Path) -> list[Path]:
@@ -109,12 +97,5 @@ def _entry(repository: Path, file: Path) -> dict[str, Any]:
 def serve_datasets(root: Path) -> Iterator[DatasetHub]:
     """A hub of the data sets `root/ORG/NAME`."""
     hub = DatasetHub(root)
-    handler = type("Handler", (_Handler,), {"hub": hub})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    hub.address = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    try:
+    with serving(type("Handler", (_Handler,), {"hub": hub})) as hub.address:
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()

@@ -3,12 +3,12 @@
 import base64
 import contextlib
 import hashlib
-import http.server
 import json
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+from web_server import JsonHandler, serving
 
 TOKEN = "hf_test"
 
@@ -28,7 +28,7 @@ class _Refused(Exception):
     """An HTTP status to answer with."""
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
+class _Handler(JsonHandler):
     hub: Hub
 
     def do_GET(self) -> None:
@@ -40,7 +40,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         self.hub.blobs[self.path.rpartition("/")[2]] = self._body()
-        self._send(200, {})
+        self.answer({})
 
     def _get(self, path: str) -> dict[str, Any]:
         name = path.removeprefix("/api/models/").partition("/revision/")[0]
@@ -97,20 +97,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _answer(self, work: Any) -> None:
         try:
-            self._send(200, work())
+            self.answer(work())
         except _Refused as refused:
             status, address = (*refused.args, "")[:2]
-            self._send(
-                status, {"error": "refused", "url": address}
-            )  # the address: of a repository that is there already
-
-    def _send(self, status: int, value: dict[str, Any]) -> None:
-        body = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+            self.answer({"error": "refused", "url": address}, status)  # url: of a repository that is there already
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") == "chunked":
@@ -122,9 +112,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return body
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
-    def log_message(self, *args: Any) -> None:
-        pass
-
 
 def _mode(file: dict[str, Any]) -> dict[str, Any]:
     mode = "lfs" if file["path"].endswith(".safetensors") else "regular"
@@ -135,12 +122,5 @@ def _mode(file: dict[str, Any]) -> dict[str, Any]:
 def serve_hub() -> Iterator[Hub]:
     """A hub with no repository yet; its address is for HF_ENDPOINT."""
     hub = Hub()
-    handler = type("Handler", (_Handler,), {"hub": hub})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    hub.address = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    try:
+    with serving(type("Handler", (_Handler,), {"hub": hub})) as hub.address:
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()

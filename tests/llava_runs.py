@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from llava_samples import save_conversations, save_llm, save_tower
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -45,6 +46,22 @@ class World:
             "save_every": 2,
         }
         return TuneConfig(**{**settings, **changes})
+
+
+def make_world(folder: Path, mixed: bool = False) -> World:
+    """Its tower, language model and data. If `mixed`, every other conversation of stage 2 is without a picture."""
+    save_tower(folder / "tower")
+    save_llm(folder / "llm")
+    save_conversations(folder / "data")
+    if mixed:
+        path = folder / "data" / "tune.json"
+        conversations = json.loads(path.read_text())
+        for conversation in conversations[::2]:
+            del conversation["image"]
+            turn = conversation["conversations"][0]
+            turn["value"] = turn["value"].removeprefix("<image>\n")
+        path.write_text(json.dumps(conversations))
+    return World(folder)
 
 
 def weights(run: Path) -> dict[str, Tensor]:

@@ -24,6 +24,8 @@ from transformers import (
 )
 
 from llava_bridge.llm import smollm2
+from llava_bridge.mllm import build_mllm, save_mllm
+from llava_bridge.towers import load_tower
 
 SIZE = {"image_size": 48, "patch_size": 8}
 WIDTH = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
@@ -65,6 +67,15 @@ def save_llm(folder: Path, **changes: Any) -> Path:
     }  # fmt: skip
     LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).save_pretrained(folder)
     return folder
+
+
+def save_two_llavas(folder: Path) -> tuple[Path, Path]:
+    """Two models that differ in their projectors."""
+    tower = load_tower(f"hf:{save_tower(folder / 'tower')}")
+    llm = save_llm(folder / "llm")
+    for seed, name in enumerate(("left", "right")):
+        save_mllm(*build_mllm(tower, llm, seed=seed), folder / name)
+    return folder / "left", folder / "right"
 
 
 def save_conversations(folder: Path, count: int = 12) -> Path:

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from llava_runs import RUN_AND_DIE, World, rows, weights
-from llava_samples import save_conversations, save_llm, save_tower
+from llava_runs import RUN_AND_DIE, World, make_world, rows, weights
+from llava_samples import save_conversations, save_tower
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -44,11 +44,7 @@ PROJECTOR, TOWER = "model.multi_modal_projector.", "model.vision_tower."
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    folder = tmp_path_factory.mktemp("world")
-    save_tower(folder / "tower")
-    save_llm(folder / "llm")
-    save_conversations(folder / "data")
-    world = World(folder)
+    world = make_world(tmp_path_factory.mktemp("world"))
     align(world.align_config("align"))
     tune(world.tune_config("tune"))
     return world

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,15 +32,9 @@ from llava_bridge.llm import smollm2
 from llava_bridge.mllm import build_mllm, save_mllm
 from llava_bridge.towers import load_tower
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TASKS = ("pope", "gqa")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def write_suite(folder: Path, tasks: tuple[str, ...] = TASKS, tokens: int = 4) -> str:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from llava_samples import save_conversations, save_llm, save_tower
+from llava_samples import SIZE, WIDTH, save_conversations, save_llm, save_tower
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
@@ -305,15 +305,9 @@ def test_both_stages_train_on_pictures_of_many_shapes(
 
 
 def test_registers_have_no_place_in_a_grid(llm: Path, tmp_path: Path) -> None:
-    sizes = {
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "mlp_ratio": 2,
-        "image_size": 48,
-        "patch_size": 8,
-    }
-    Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**sizes, num_register_tokens=4)).save_pretrained(tmp_path)
+    sizes = {key: value for key, value in WIDTH.items() if key != "intermediate_size"}
+    registers = Dinov2WithRegistersConfig(**SIZE, **sizes, mlp_ratio=2, num_register_tokens=4)
+    Dinov2WithRegistersModel(registers).save_pretrained(tmp_path)
     size = {"height": 48, "width": 48}
     CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False).save_pretrained(tmp_path)
     tower = load_tower(f"hf:{tmp_path}")
@@ -327,14 +321,7 @@ def test_registers_have_no_place_in_a_grid(llm: Path, tmp_path: Path) -> None:
 
 def test_a_tower_that_reads_other_pixels_of_a_square_is_refused(llm: Path, tmp_path: Path) -> None:
     """DINOv3's processor resizes after rescaling, with torchvision: no stock processor that pads does."""
-    sizes = {
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 128,
-        "patch_size": 8,
-    }
-    DINOv3ViTModel(DINOv3ViTConfig(**sizes, image_size=48, num_register_tokens=0)).save_pretrained(tmp_path)
+    DINOv3ViTModel(DINOv3ViTConfig(**SIZE, **WIDTH, num_register_tokens=0)).save_pretrained(tmp_path)
     DINOv3ViTImageProcessor(size={"height": 48, "width": 48}).save_pretrained(tmp_path)
     tower = load_tower(f"hf:{tmp_path}")
     build_mllm(tower, llm)

@@ -15,12 +15,12 @@ from statistics import mean
 from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from benchmark_files import png, records_of
 from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -41,6 +41,8 @@ from eval_suites import benchmarks
 from eval_suites.benchmarks import SUITES, EvalConfig, load_suite, run_suite
 from eval_suites.pictures import blank, derangement, picture_id, shuffled
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OBJECTS = ("star", "heart", "moon", "house", "boat", "tree")
 COLOURS = ("red", "blue", "green", "yellow")
 ANSWERS = ("yes", "no", *COLOURS, "stop", "Yes.")
@@ -49,13 +51,6 @@ TASKS = ("pope", "mme", "gqa", "textvqa_val")
 
 
 # ------------------------------------------------------------------------------------------------------------ a data folder
-
-
-def png(rng: random.Random, size: tuple[int, int] = (24, 24)) -> dict[str, Any]:
-    pixels = np.random.default_rng(rng.randrange(2**32)).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return {"bytes": buffer.getvalue(), "path": "x.png"}
 
 
 def write(folder: Path, name: str, split: str, rows: list[dict[str, Any]], configuration: str = "default") -> None:
@@ -188,15 +183,6 @@ def suite_file(folder: Path, tasks: tuple[str, ...] = TASKS, tokens: int = 1, **
     return str(path)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices of 32 columns gain nothing from a second thread, and waiting for it on a busy machine costs a lot."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("data"))
@@ -224,10 +210,6 @@ def config(data: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="module")
 def finished(config: EvalConfig) -> Path:
     return run_suite(config)
-
-
-def records(folder: Path, task: str) -> list[dict[str, Any]]:
-    return [dict(json.loads(line)) for line in (folder / f"{task}.jsonl").read_text().splitlines()]
 
 
 def results(folder: Path) -> dict[str, dict[str, float]]:
@@ -262,12 +244,12 @@ def test_figures_follow_from_the_records(finished: Path, data: Path, pictures: s
     figures = results(folder)
     assert list(figures) == list(TASKS)
     for task in TASKS:
-        rows = records(folder, task)
+        rows = records_of(folder, task)
         assert figures[task]["n"] == len(rows) == len(docs(data, task))
         assert [row["doc_id"] for row in rows] == list(range(len(rows)))
         assert all(0 <= row["score"] <= 1 for row in rows)
 
-    pope = [(row["target"], row["answer"].lower()) for row in records(folder, "pope")]
+    pope = [(row["target"], row["answer"].lower()) for row in records_of(folder, "pope")]
     hits = sum(pair == ("yes", "yes") for pair in pope)
     said, there = sum(answer == "yes" for _, answer in pope), sum(target == "yes" for target, _ in pope)
     precision, recall = hits / said if said else 0, hits / there
@@ -277,7 +259,7 @@ def test_figures_follow_from_the_records(finished: Path, data: Path, pictures: s
     assert {key: figures["pope"][key] for key in expected} == pytest.approx(expected)
 
     pairs: dict[tuple[str, str], list[bool]] = {}
-    for row in records(folder, "mme"):
+    for row in records_of(folder, "mme"):
         right = row["answer"].lower().strip(".") == row["target"].lower()
         assert row["score"] == right
         pairs.setdefault((row["category"], row["cluster"]), []).append(right)
@@ -290,7 +272,7 @@ def test_figures_follow_from_the_records(finished: Path, data: Path, pictures: s
     assert figures["mme"]["mme_cognition_score"] == pytest.approx(of_category("code_reasoning"))
 
     plain = str.maketrans("", "", string.punctuation)
-    gqa = [row["answer"].lower().translate(plain) == row["target"] for row in records(folder, "gqa")]
+    gqa = [row["answer"].lower().translate(plain) == row["target"] for row in records_of(folder, "gqa")]
     assert figures["gqa"]["exact_match"] == pytest.approx(mean(gqa))
 
     def soft(answer: str, people: list[str]) -> float:
@@ -298,22 +280,22 @@ def test_figures_follow_from_the_records(finished: Path, data: Path, pictures: s
         others = [[person for j, person in enumerate(people) if j != i] for i in range(len(people))]
         return mean(min(1.0, of.count(answer.lower().strip(".")) / 3) for of in others)
 
-    for row, doc in zip(records(folder, "textvqa_val"), docs(data, "textvqa_val"), strict=True):
+    for row, doc in zip(records_of(folder, "textvqa_val"), docs(data, "textvqa_val"), strict=True):
         assert row["score"] == pytest.approx(soft(row["answer"], doc["answers"]))
         assert row["target"] == " / ".join(dict.fromkeys(doc["answers"]))
     assert figures["textvqa_val"]["exact_match"] == pytest.approx(
-        mean(r["score"] for r in records(folder, "textvqa_val"))
+        mean(r["score"] for r in records_of(folder, "textvqa_val"))
     )
 
 
 def test_the_answers_are_not_all_alike(finished: Path) -> None:
     """Else the figures above would say little."""
-    rows = [row for task in TASKS for row in records(finished / "real", task)]
+    rows = [row for task in TASKS for row in records_of(finished / "real", task)]
     assert len({row["answer"] for row in rows}) >= 4
     assert 0 < mean(row["score"] for row in rows) < 1
     real, other = ({(row["task"], row["doc_id"]): row["answer"] for row in rows}, dict[tuple[str, int], str]())
     for pictures in ("blank", "shuffled"):
-        other = {(r["task"], r["doc_id"]): r["answer"] for task in TASKS for r in records(finished / pictures, task)}
+        other = {(r["task"], r["doc_id"]): r["answer"] for task in TASKS for r in records_of(finished / pictures, task)}
         assert real != other, "the pictures must matter to this model"
 
 
@@ -344,7 +326,7 @@ def plain_answers(model: Path, data: Path, task: str, tokens: int, mode: str = "
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("pictures", ["real", "blank"])
 def test_answers_equal_plain_transformers(finished: Path, model: Path, data: Path, task: str, pictures: str) -> None:
-    assert [row["answer"] for row in records(finished / pictures, task)] == plain_answers(
+    assert [row["answer"] for row in records_of(finished / pictures, task)] == plain_answers(
         model, data, task, 1, pictures
     )
 
@@ -359,7 +341,7 @@ def test_answers_do_not_depend_on_the_batch(config: EvalConfig, model: Path, dat
         out = run_suite(
             EvalConfig(model, data, tmp_path / f"batch-{size}", suite=suite, batch_size=size, precision="float32")
         )
-        assert [row["answer"] for row in records(out / "real", "pope")] == expected
+        assert [row["answer"] for row in records_of(out / "real", "pope")] == expected
 
 
 def test_stop_strings_end_an_answer() -> None:
@@ -429,7 +411,7 @@ def test_blank_is_the_mean_colour_at_the_same_size() -> None:
 
 def test_without_its_picture_only_the_question_counts(finished: Path) -> None:
     said: dict[str, set[str]] = {}
-    for row in records(finished / "blank", "pope"):
+    for row in records_of(finished / "blank", "pope"):
         said.setdefault(row["question"], set()).add(row["answer"])
     assert all(len(answers) == 1 for answers in said.values())
 
@@ -437,9 +419,9 @@ def test_without_its_picture_only_the_question_counts(finished: Path) -> None:
 def test_clusters_are_the_pictures(finished: Path) -> None:
     for pictures in ("real", "blank", "shuffled"):
         for task, size, count in (("pope", 3, 6), ("mme", 2, 6), ("gqa", 2, 5), ("textvqa_val", 1, 8)):
-            clusters = [row["cluster"] for row in records(finished / pictures, task)]
+            clusters = [row["cluster"] for row in records_of(finished / pictures, task)]
             assert len(set(clusters)) == count and all(clusters.count(name) == size for name in clusters)
-    real, blanked = (records(finished / pictures, "gqa") for pictures in ("real", "blank"))
+    real, blanked = (records_of(finished / pictures, "gqa") for pictures in ("real", "blank"))
     assert [row["cluster"] for row in real] == [row["cluster"] for row in blanked]
 
 
@@ -483,7 +465,7 @@ def test_killed_and_resumed_equals_uninterrupted(finished: Path, config: EvalCon
         run_suite(replace(resumed, seed=3))
     run_suite(resumed)
     for task in TASKS:
-        assert records(out / "real", task) == records(finished / "real", task)
+        assert records_of(out / "real", task) == records_of(finished / "real", task)
     assert results(out / "real") == results(finished / "real")
     assert (out / "real/answers-pope.jsonl").read_text() == first
     assert log.read_text().splitlines(keepends=True)[:6] == lines[:6]
@@ -499,8 +481,8 @@ def test_limit_takes_the_first_questions(finished: Path, config: EvalConfig, tmp
     )
     run_suite(limited)
     for task in ("pope", "mme"):
-        rows = records(tmp_path / "out/real", task)
-        assert rows == records(finished / "real", task)[:4]
+        rows = records_of(tmp_path / "out/real", task)
+        assert rows == records_of(finished / "real", task)[:4]
     with pytest.raises(InputError, match=r"has 1 rows, not 2; limit 3 may cut"):
         run_suite(replace(limited, limit=3, out=tmp_path / "other"))
 
@@ -518,7 +500,7 @@ def test_other_files_at_the_same_path_are_read_anew(model: Path, tmp_path: Path)
     other = make_data(tmp_path / "other", seed=1)
     run_suite(EvalConfig(model, other, tmp_path / "third", suite=suite))
     for task in ("pope", "gqa"):
-        first, second, third = (records(tmp_path / name / "real", task) for name in ("first", "second", "third"))
+        first, second, third = (records_of(tmp_path / name / "real", task) for name in ("first", "second", "third"))
         assert [row["target"] for row in second] == [doc["answer"] for doc in docs(data, task)]
         assert first == third != second
     with pytest.raises(InputError, match=r"another result .*inputs\.data"):

@@ -80,13 +80,13 @@ def test_wins_and_losses_are_those_of_a_plain_loop(seeds: int) -> None:
                 losses += other.score >= 0.5 and not record.score >= 0.5
                 totals[0] += record.score
                 totals[1] += other.score
-        assert row.n == n / seeds and row.n_seeds == seeds
+        assert row.n_samples == n / seeds and row.n_seeds == seeds
         assert (row.wins, row.losses) == (wins / seeds, losses / seeds)
         assert row.accuracy == pytest.approx((totals[0] / n, totals[1] / n))
         assert row.difference == pytest.approx((totals[0] - totals[1]) / n)
         if row.benchmark == "mme":  # right or wrong: the difference is that of wins and losses
-            assert row.difference == pytest.approx((row.wins - row.losses) / row.n)
-            assert row.n_clusters == row.n / 2
+            assert row.difference == pytest.approx((row.wins - row.losses) / row.n_samples)
+            assert row.n_clusters == row.n_samples / 2
 
 
 @pytest.mark.parametrize("seeds", [1, 3])

@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from llava_samples import save_llm, save_tower
+from llava_samples import save_two_llavas
 from PIL import Image
 from rich.console import Console
 from transformers import AutoTokenizer
 
 from clips_core.errors import InputError
 from llava_bridge.chat import ChatSession, ask_all, load_chat_model, load_chat_models, split_pictures, talk
-from llava_bridge.mllm import build_mllm, save_mllm
+from llava_bridge.mllm import build_mllm
 from llava_bridge.towers import load_tower
 
 SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
@@ -32,14 +32,7 @@ SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, train
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two LLaVAs that differ in their projectors."""
-    folder = tmp_path_factory.mktemp("chat")
-    save_tower(folder / "tower")
-    save_llm(folder / "llm")
-    tower = load_tower(f"hf:{folder / 'tower'}")
-    for seed, name in enumerate(("left", "right")):
-        save_mllm(*build_mllm(tower, folder / "llm", seed=seed), folder / name)
-    return folder / "left", folder / "right"
+    return save_two_llavas(tmp_path_factory.mktemp("chat"))
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from browser import Page, find_browser, open_browser
-from llava_samples import save_llm, save_tower
+from llava_samples import save_two_llavas
 from PIL import Image
 
 from clips_core.errors import InputError
 from llava_bridge.chat import ChatSession, load_chat_models
 from llava_bridge.chat_page import build_page, chat_page, launch_page
-from llava_bridge.mllm import build_mllm, save_mllm
-from llava_bridge.towers import load_tower
 
 in_a_browser = pytest.mark.skipif(find_browser() is None, reason="no Chromium here")
 
@@ -29,14 +27,7 @@ def test_without_gradio_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch,
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two LLaVAs that differ in their projectors."""
-    folder = tmp_path_factory.mktemp("page")
-    save_tower(folder / "tower")
-    save_llm(folder / "llm")
-    tower = load_tower(f"hf:{folder / 'tower'}")
-    for seed, name in enumerate(("left", "right")):
-        save_mllm(*build_mllm(tower, folder / "llm", seed=seed), folder / name)
-    return folder / "left", folder / "right"
+    return save_two_llavas(tmp_path_factory.mktemp("page"))
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ def test_report_has_what_it_promises(run: Path, report: dict[str, Any]) -> None:
     for row in report["comparisons"]:
         assert {row["a"], row["b"]} == set(TOWERS)
         assert row["interval"][0] <= row["difference"] <= row["interval"][1]
-        assert 0 <= row["p_value"] <= 1 and row["n"] > 0
+        assert 0 <= row["p_value"] <= 1 and row["n_samples"] > 0
     assert all(seconds > 0 for seconds in report["seconds"].values()) and len(report["seconds"]) >= 9
     assert report["environment"]["packages"]["lmms-eval"] == "0.7.3"
 
@@ -78,7 +78,7 @@ def test_scores_are_those_of_the_answers(run: Path, report: dict[str, Any]) -> N
 
 def test_page_is_self_contained(run: Path) -> None:
     page = (run / "report.html").read_text()
-    assert "these two models" in page.lower()
+    assert "these checkpoints" in page.lower()
     loaded = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)""", page) + re.findall(r"url\(([^)]*)\)", page)
     assert loaded and all(target.startswith(("data:", "#")) for target in loaded)
 

@@ -3,14 +3,13 @@
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from benchmark_files import make_files, records_of
 from test_benchmarks import make_model
@@ -20,6 +19,8 @@ from clips_core.errors import InputError
 from clips_core.folders import read_json, read_manifest
 from eval_suites.benchmarks import EvalConfig, load_suite, run_suite, told
 from eval_suites.judge import JudgeConfig, check_judged, judge, number
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 QUESTIONS = 6
 
@@ -64,14 +65,6 @@ class Judge:
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._server.server_close()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,11 @@ from eval_suites.lmms_output import ImportConfig, import_output
 from eval_suites.local_data import working_from
 from eval_suites.records import Entry, check_same_questions, read_run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TASKS = ("pope", "mme")
 GENERATION = {"max_new_tokens": 2, "min_new_tokens": 1}
 DATE = "20260102_030405"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def write_output(folder: Path, model: Path, data: Path) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from llava_runs import World, rows, weights
-from llava_samples import save_conversations, save_llm, save_tower
+from llava_runs import World, make_world, rows, weights
 
 from clips_core.config import to_dict
 from clips_core.errors import InputError
@@ -41,17 +40,8 @@ KILLED = {name: RUNS[name] for name in ("full zero2", "full zero3", "lora zero3"
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """Every other conversation without a picture: often one process has pictures, and the other none."""
-    folder = tmp_path_factory.mktemp("parallel")
-    save_tower(folder / "tower")
-    save_llm(folder / "llm")
-    save_conversations(folder / "data")
-    conversations = json.loads((folder / "data" / "tune.json").read_text())
-    for conversation in conversations[::2]:
-        del conversation["image"]
-        conversation["conversations"][0]["value"] = conversation["conversations"][0]["value"].removeprefix("<image>\n")
-    (folder / "data" / "tune.json").write_text(json.dumps(conversations))
-    world = World(folder)
+    """Often one process has pictures, and the other none."""
+    world = make_world(tmp_path_factory.mktemp("parallel"), mixed=True)
     align(world.align_config("align", samples=4))
     return world
 

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -161,9 +162,8 @@ def test_bytes_of_weights_gradients_and_optimizer_are_exact(settings: list[str])
     assert memory["optimizer"] == sum(value.nbytes for value in moments)
 
 
-def kept_for_backward(run: PretrainConfig, size: int) -> int:
+def kept_by_autograd(model: nn.Module, forward: Callable[[], object]) -> int:
     """Bytes of the storages that a forward pass keeps for the backward pass, parameters left out."""
-    model, batch = build(run), make_batch(replace(run, batch_size=size), targets=10**6)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -172,12 +172,17 @@ def kept_for_backward(run: PretrainConfig, size: int) -> int:
             kept[tensor.untyped_storage().data_ptr()] = tensor  # alive, so that its address stays its own
         return tensor
 
-    precision = torch.autocast("cpu", torch.bfloat16) if run.precision == "bf16" else nullcontext()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def kept_for_backward(run: PretrainConfig, size: int) -> int:
+    model, batch = build(run), make_batch(replace(run, batch_size=size), targets=10**6)
     texts = batch["texts"] if run.contrastive_sub else batch["texts"][:, :1]
     target = batch["target"] if run.model.decoder is not None else None
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), precision:
-        model(batch["image"].float(), texts, target, run.method == "coca")
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    with torch.autocast("cpu", torch.bfloat16) if run.precision == "bf16" else nullcontext():
+        return kept_by_autograd(model, lambda: model(batch["image"].float(), texts, target, run.method == "coca"))
 
 
 @pytest.mark.parametrize(

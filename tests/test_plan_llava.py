@@ -41,7 +41,7 @@ from llava_bridge.mllm import projector_parameters
 from llava_bridge.plan import Lengths, LlavaPlanConfig, Run, lengths, memory_per_gpu, plan_align, plan_tune
 from llava_bridge.train import checkpoint_activations, choose_parameters
 from tests.llava_samples import make_vision_model
-from tests.test_plan import PeakMemory
+from tests.test_plan import PeakMemory, kept_by_autograd
 
 PACKAGE = Path(llava_bridge.__file__).parent
 LLM = Llm(width=64, layers=3, heads=4, kv_heads=2, head_width=16, mlp=160, vocab=300, tied=False)
@@ -279,22 +279,11 @@ def test_bytes_of_weights_in_4_bits() -> None:
 
 
 def kept_for_backward(run: Run, rows: int, dtype: torch.dtype) -> int:
-    """Bytes of the storages that a forward pass keeps for the backward pass, parameters left out."""
     model, head = build(run, dtype)
     batch = make_batch(run, rows)
     batch["attention_mask"][0, -1] = 0  # padding: else attention runs without a mask, and so without repeated keys
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in parameters:
-            kept[tensor.untyped_storage().data_ptr()] = tensor  # alive, so that its address stays its own
-        return tensor
-
-    autocast = torch.autocast("cpu", torch.bfloat16) if dtype == torch.bfloat16 else nullcontext()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
-        supervised_loss(model, head, batch)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    with torch.autocast("cpu", torch.bfloat16) if dtype == torch.bfloat16 else nullcontext():
+        return kept_by_autograd(model, lambda: supervised_loss(model, head, batch))
 
 
 @variants
@@ -492,7 +481,8 @@ def test_without_torch(tmp_path: Path) -> None:
         ),
         (["tower=clip-l14-336", "llm=vicuna-7b", "device_batch_size=32", "batch_size=384"], "48 samples each"),
         (["tower=clip-l14-336", "llm=vicuna-8b"], r"llm 'vicuna-8b'"),
-        (["tower=clip-l14-336"], r"key 'align' is required"),
+        (["tower=clip-l14-336"], r"both llm= and tower= .* or align="),
+        (["llava15_vicuna7b_tune_lora"], r"both llm= and tower= .* or align="),
         (["tower=clip-l14-336", "llm=vicuna-7b", "gpu=v100"], r"key 'gpu'.*'h100'"),
         (["tower=clip-l14-336", "llm=vicuna-7b", "metod=full"], r"unknown key 'metod' \(did you mean 'method'"),
     ],

@@ -187,6 +187,15 @@ def test_an_unfinished_folder_takes_no_other_run(shards: Path, tmp_path: Path, m
     pretrain(make_config(shards, tmp_path, "save_every=100", "data.workers=1", "micro_batch=7"))  # how, and not what
 
 
+def stop(process: "subprocess.Popen[str]", run: Path, sent: signal.Signals) -> str:
+    """Send a signal to a training after its first step; what it says on stderr."""
+    deadline = time.monotonic() + 60
+    while not losses(run) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(sent)
+    return process.communicate(timeout=60)[1]
+
+
 def test_interrupt_saves_at_once(shards: Path, tmp_path: Path) -> None:
     program = (
         "import sys\nfrom pathlib import Path\nfrom clips_core.train import pretrain\nfrom tests.test_pretrain import make_config\n"
@@ -197,11 +206,7 @@ def test_interrupt_saves_at_once(shards: Path, tmp_path: Path) -> None:
         [sys.executable, "-c", program, str(shards), str(tmp_path / "run")],
         cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not losses(tmp_path / "run") and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    errors = stop(process, tmp_path / "run", signal.SIGINT)
     assert process.returncode != 0 and "run the same command to go on" in errors
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert json.loads((saved / "checkpoint.json").read_text())["step"] == losses(tmp_path / "run")[-1][0]
@@ -396,11 +401,7 @@ def test_sigterm_saves_and_has_its_own_exit_status(shards: Path, tmp_path: Path)
         [sys.executable, "-m", "eval_suites.cli", "pretrain", str(recipe)], cwd=Path(__file__).parent.parent,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not losses(tmp_path / "run") and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    errors = stop(process, tmp_path / "run", signal.SIGTERM)
     assert process.returncode == 75 and "stopped: saved at step" in errors
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
 

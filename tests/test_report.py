@@ -32,7 +32,7 @@ from eval_suites.benchmarks import load_suite, model_fingerprint
 from eval_suites.bundle import write_bundle
 from eval_suites.charts import HEIGHT, MOST_POINTS, WIDTH, Line, averaged, line_chart, short, ticks
 from eval_suites.cli import main
-from eval_suites.comparison import Comparison, between, p_text, points, verdicts
+from eval_suites.comparison import Comparison, between, p_text, points, with_verdicts
 from eval_suites.page import duration, quantity
 from eval_suites.records import Entry, entries_of
 from eval_suites.report import compare
@@ -227,7 +227,7 @@ def entries(folder: Path, questions: list[Question]) -> list[Entry]:
 
 @pytest.fixture(scope="module")
 def report(folder: Path, entries: list[Entry]) -> dict[str, Any]:
-    compare(entries, folder / "out", folder / "benchmarks", {"world": 12.5})
+    compare(entries, folder / "out", folder / "benchmarks", {"world": 12.5}, with_aims=True)
     return dict(read_json(folder / "out" / "report.json"))
 
 
@@ -276,7 +276,10 @@ def test_report_json_has_the_promised_shape(report: dict[str, Any]):
         "difference",
         "interval",
         "p_value",
-        "n",
+        "adjusted_p",
+        "better",
+        "n_samples",
+        "n_clusters",
         "n_seeds",
         "inference",
         "detectable",
@@ -309,7 +312,7 @@ def test_figures_equal_plain_recomputation(report: dict[str, Any], entries: list
         for name, of_group in {**{t: list(r.values()) for t, r in rows.items()}, "all questions": everything,
                                "yes/no questions": yes_no}.items():  # fmt: skip
             assert benchmarks[name]["accuracy"] == pytest.approx(np.mean([row["score"] for row in of_group]))
-            assert benchmarks[name]["n"] == len(of_group)
+            assert benchmarks[name]["n_samples"] == len(of_group)
             assert benchmarks[name]["n_clusters"] == len({(row["task"], row["cluster"]) for row in of_group})
             low, high = benchmarks[name]["interval"]
             assert 0 <= low < benchmarks[name]["accuracy"] <= high <= 1
@@ -333,7 +336,7 @@ def test_comparisons_are_paired_over_samples(report: dict[str, Any], entries: li
     means = [np.mean(values) for values in by_pair.values()]
     expected = stats.ttest_1samp(means, 0).confidence_interval()
     mme = rows["mme", "accuracy"]
-    assert (mme["a"], mme["b"], mme["n"]) == ("clips", "clip_mix", len(a))
+    assert (mme["a"], mme["b"], mme["n_samples"]) == ("clips", "clip_mix", len(a))
     assert mme["difference"] == pytest.approx(np.mean(means))
     assert mme["interval"] == pytest.approx([expected.low, expected.high])
 
@@ -368,7 +371,7 @@ def test_five_captions_of_a_picture_are_no_five_independent_queries(copies: list
     found = compare(copies, tmp_path / "known", folder / "benchmarks")
     hits = [(np.array(own) < 1).astype(float) for own in ranks]
     row = next(r for r in found.comparisons if (r.benchmark, r.metric) == ("retrieval, caption → picture", "R@1"))
-    assert row.n == 200 and row.interval == paired_difference(*hits, owner.tolist()).interval
+    assert row.n_samples == 200 and row.interval == paired_difference(*hits, owner.tolist()).interval
     interval = found.towers["clips"]["zero_shot"]["intervals"]["text_to_image"]["R@1"]
     assert interval == mean_score(hits[0], owner.tolist()).interval
     as_if_apart = stats.binomtest(int(hits[0].sum()), 200).proportion_ci(method="wilson")
@@ -391,7 +394,7 @@ def test_controls_compare_a_model_with_itself(report: dict[str, Any], entries: l
             ]
             assert row["a"] == entry.name
             assert row["difference"] == pytest.approx(np.mean(differences))
-            assert row["n"] == len(differences)
+            assert row["n_samples"] == len(differences)
 
 
 def test_sentences_speak_of_these_checkpoints(report: dict[str, Any]):
@@ -402,7 +405,7 @@ def test_sentences_speak_of_these_checkpoints(report: dict[str, Any]):
     )
     assert not any("method" in sentence for sentence in findings)
     for sentence in findings:
-        assert not re.match(r"On |No difference|Among|It cannot|Each tower", sentence) or "checkpoint" in sentence, sentence
+        assert "checkpoint" in sentence or sentence.startswith("In pretraining, "), sentence  # that is a plain fact
     assert sum(sentence.startswith("Aim met: ") for sentence in findings) == 2
     assert any("uses the picture" in sentence for sentence in findings)
 
@@ -425,13 +428,18 @@ def test_models_that_answer_alike_are_not_told_apart(copies: list[Entry], folder
     assert "clips answers better" not in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_aims_are_the_demos_alone(entries: list[Entry], folder: Path, tmp_path: Path):
+    found = compare(entries, tmp_path, folder / "benchmarks")
+    assert found.aims == [] and not any("Aim" in sentence for sentence in found.findings)
+
+
 def test_aims_missed_are_said_to_be(copies: list[Entry], folder: Path, tmp_path: Path):
     zero_shot = read_json(copies[0].tower / "zero_shot.json")
     zero_shot["text_to_image"]["R@1"] = 0.095
     write_json(copies[0].tower / "zero_shot.json", zero_shot)
     for task in ("pope", "mme", "gqa", "textvqa_val"):
         shutil.copy(copies[0].real / f"{task}.jsonl", copies[0].blank)
-    found = compare(copies, tmp_path / "out", folder / "benchmarks")
+    found = compare(copies, tmp_path / "out", folder / "benchmarks", with_aims=True)
     assert [aim.met for aim in found.aims] == [False, False]
     unsure = "cannot be told whether this checkpoint of the LLaVA with clips uses the picture"
     assert any(unsure in finding for finding in found.findings)
@@ -440,7 +448,7 @@ def test_aims_missed_are_said_to_be(copies: list[Entry], folder: Path, tmp_path:
 
 def test_a_winner_needs_holm_and_the_interval():
     def row(benchmark: str, interval: tuple[float, float], p_value: float) -> Comparison:
-        return Comparison(benchmark, "accuracy", "a", "b", sum(interval) / 2, interval, p_value, 100)
+        return Comparison(benchmark, "accuracy", "a", "b", sum(interval) / 2, interval, p_value, p_value, None, 100, 50)
 
     rows = [
         row("suite", (0.01, 0.09), 0.04),  # the primary comparison: its own p
@@ -449,7 +457,12 @@ def test_a_winner_needs_holm_and_the_interval():
         row("gqa", (-0.01, 0.2), 0.001),  # the interval holds zero
         row("textvqa_val", (-0.1, 0.2), 0.3),
     ]
-    assert verdicts(rows) == ["a", None, "b", None, None]
+    found = with_verdicts(rows)
+    assert [row.better for row in found] == ["a", None, "b", None, None]
+    assert found[0].adjusted_p == 0.04 and found[1].adjusted_p == pytest.approx(0.08)
+    several = with_verdicts([row("suite", (0.01, 0.09), p) for p in (0.04, 0.01, 0.03)] + rows[1:])  # of three towers
+    assert [row.adjusted_p for row in several[:3]] == pytest.approx([0.06, 0.03, 0.06])
+    assert [row.better for row in several] == [None, "a", None, None, "b", None, None]
 
 
 # ------------------------------------------------------------------------------------- MME's points, categories
@@ -481,7 +494,7 @@ def test_mme_points_stand_beside_its_accuracy(report: dict[str, Any], entries: l
         [row["cluster"] for row in own[0]],
         [row["category"] for row in own[0]],
     )
-    assert (row["benchmark"], row["n"], row["p_value"]) == ("mme", 40, found.p_value)
+    assert (row["benchmark"], row["n_samples"], row["p_value"]) == ("mme", 40, found.p_value)
     assert row["interval"] == pytest.approx(found.interval)
     assert all(
         not figures["points"] for name, figures in report["towers"]["clips"]["benchmarks"].items() if name != "mme"
@@ -496,7 +509,8 @@ def test_mme_points_are_one_of_holms_family(report: dict[str, Any]):
     told = [
         p <= 0.05 and not row.interval[0] <= 0 <= row.interval[1] for row, p in zip(secondary, adjusted, strict=True)
     ]
-    assert [mark is not None for mark in verdicts(rows)[1:]] == told
+    assert [row.better is not None for row in secondary] == told
+    assert [row.adjusted_p for row in secondary] == pytest.approx(adjusted)
 
 
 def test_half_a_pair_has_no_points(copies: list[Entry], folder: Path, tmp_path: Path):
@@ -521,7 +535,7 @@ def test_wins_and_losses_by_category(report: dict[str, Any], entries: list[Entry
         keys = [key for key, own in a.items() if own["category"] == row["category"]]
         wins = sum(a[key]["score"] > b[key]["score"] for key in keys)
         losses = sum(a[key]["score"] < b[key]["score"] for key in keys)
-        assert (row["n"], row["wins"], row["losses"]) == (len(keys), wins, losses)
+        assert (row["n_samples"], row["wins"], row["losses"]) == (len(keys), wins, losses)
         figures = [f"{row['category']} {len(keys)}", str(losses), str(wins)]
         figures.append(" · ".join(f"{100 * value:.1f}" for value in row["accuracy"][::-1]))
         figures.append(f"{points(row['difference'])} {between(row['interval'])} p {p_text(row['adjusted_p'])}")
@@ -900,7 +914,7 @@ def test_several_trainings_speak_of_the_towers(trainings: list[Entry], folder: P
         assert found.towers[name]["mllm"]["seeds"] == [0, 1, 2]
     row = next(row for row in found.comparisons if row.benchmark == "all questions")
     assert row.difference == pytest.approx(np.mean(everything["clips"]) - np.mean(everything["clip_mix"]))
-    assert row.n == primary.n == len(everything["clips"]) / 3
+    assert row.n_samples == primary.n_samples == len(everything["clips"]) / 3
     own = {
         name: [list(scores(entry.real, "mme").values()) for entry in trainings if entry.name == name]
         for name in everything
@@ -920,10 +934,103 @@ def test_several_trainings_speak_of_the_towers(trainings: list[Entry], folder: P
         for first, second in zip(by_seed[::2], by_seed[1::2], strict=True)
         for key, row in first.items() if row["category"] == "popular"
     )  # fmt: skip
-    assert popular.wins == pytest.approx(wins / 3) and (popular.n, popular.n_seeds) == (16, 3)
+    assert popular.wins == pytest.approx(wins / 3) and (popular.n_samples, popular.n_seeds) == (16, 3)
     page = Page()
     page.feed((tmp_path / "report.html").read_text())
+    assert (
+        "1 min 36 s · 1 min 36 s · 1 min 36 s" in page.text and "5 min 30 s · " not in page.text
+    )  # the tower was trained once
     assert page.open == [] and "seed 2" in page.text and "these checkpoints" not in page.text
+
+
+def test_what_is_said_of_towers_that_were_pretrained_anew(trainings: list[Entry], folder: Path, tmp_path: Path):
+    """One tower anew for each seed, the other once: neither `ways of pretraining` nor `each was pretrained once` is true."""
+    mixed = []
+    for entry in trainings:
+        if entry.name == "clips":
+            own = tmp_path / f"tower{entry.seed}"
+            shutil.copytree(entry.tower, own)
+            entry = dataclasses.replace(entry, tower=own)
+        mixed.append(entry)
+    found = compare(mixed, tmp_path / "out", folder / "benchmarks")
+    assert [found.towers[name]["tower"]["pretrainings"] for name in ("clips", "clip_mix")] == [3, 1]
+    assert found.findings[0].startswith("Of these two towers, with 3 trainings of each, clips makes")
+    last = next(sentence for sentence in found.findings if "trained with 3 seeds" in sentence)
+    assert "are among them for clips, of which each seed had its own, and not for clip_mix, pretrained once." in last
+    page = Page()
+    page.feed((tmp_path / "out/report.html").read_text())
+    assert "Each was pretrained once (clip_mix) or 3 times (clips), then put" in page.text
+    assert "pretrained once, and" not in page.text
+
+
+def test_three_towers(entries: list[Entry], folder: Path, questions: list[Question], tmp_path: Path):
+    """Three primary comparisons: Holm's over them, a headline of all, and each pair's."""
+    third = make_entry(tmp_path / "made", "twin", questions, 0.9, seed=11)
+    found = compare([*entries, third], tmp_path / "out", folder / "benchmarks")
+    primary = [row for row in found.comparisons if row.benchmark == "suite"]
+    assert [(row.a, row.b) for row in primary] == [("clips", "clip_mix"), ("clips", "twin"), ("clip_mix", "twin")]
+    assert [row.adjusted_p for row in primary] == pytest.approx(holm([row.p_value for row in primary]))
+    assert [row.better for row in primary] == ["clips", None, "twin"]
+    assert found.findings[0] == (
+        "Of these 3 checkpoints, over the suite: clips is better than clip_mix; twin is better than clip_mix; "
+        "clips and twin cannot be told apart."
+    )
+    assert sum("Holm's p of 3 pairs of towers" in sentence for sentence in found.findings) == 3
+    page = Page()
+    page.feed((tmp_path / "out/report.html").read_text())
+    assert page.open == [] and "clip_mix − twin" in page.text
+
+
+def test_a_picture_in_two_benchmarks_is_one_cluster_of_the_pooled_figure(
+    copies: list[Entry], folder: Path, tmp_path: Path
+):
+    before = compare(copies, tmp_path / "before", folder / "benchmarks").comparisons[1]
+    for entry in copies:
+        for shown in (entry.real, entry.blank, entry.shuffled):
+            for line in range(12):
+                edit(shown / "textvqa_val.jsonl", line, cluster=f"p{line}")  # POPE's pictures
+    row = compare(copies, tmp_path / "after", folder / "benchmarks").comparisons[1]
+    assert (row.benchmark, row.n_samples) == ("all questions", before.n_samples)
+    shared = len(
+        {f"p{line}" for line in range(12)} & {own["cluster"] for own in scores(copies[0].real, "pope").values()}
+    )
+    assert shared > 0 and row.n_clusters == before.n_clusters - shared
+
+
+def test_trainings_of_other_seeds_are_no_pairs(copies: list[Entry], folder: Path, tmp_path: Path):
+    for stage in ("align", "tune"):
+        path = getattr(copies[1], stage) / "manifest.json"
+        manifest = read_json(path)
+        write_json(path, manifest | {"config": manifest["config"] | {"seed": 7}})
+    with pytest.raises(InputError, match=r"align\.seed: clips None, clip_mix 7; tune\.seed"):
+        compare(copies, tmp_path, folder / "benchmarks")
+    found = compare(copies, tmp_path, folder / "benchmarks", waived=["align.seed", "tune.seed"])
+    assert any("tune.seed" in sentence and "was waived" in sentence for sentence in found.findings)
+
+
+def test_a_stage_2_that_kept_its_adapter_alone(copies: list[Entry], folder: Path, tmp_path: Path):
+    for entry in copies:
+        vision = {
+            "model_type": "llava",
+            "vision_config": {"image_size": 224, "patch_size": 16},
+            "image_seq_length": 196,
+        }
+        write_json(entry.align / "model/config.json", vision)
+        shutil.rmtree(entry.tune / "model")
+        (entry.tune / "adapter").mkdir()
+        (entry.tune / "adapter/adapter_model.safetensors").write_bytes(entry.name.encode())
+        write_json(entry.tune / "manifest.json", read_json(entry.tune / "manifest.json") | {"weights": {}})
+        for shown in (entry.real, entry.blank, entry.shuffled):
+            manifest = read_json(shown / "manifest.json")
+            model = model_fingerprint(entry.tune)
+            write_json(shown / "manifest.json", manifest | {"inputs": manifest["inputs"] | {"model": model}})
+    found = compare(copies, tmp_path, folder / "benchmarks")
+    settings = {setting.key: setting.values["clips"] for setting in found.settings}
+    assert (settings["tower.image_size"], settings["tower.image_tokens"]) == (224, 196)
+    assert found.towers["clips"]["mllm"]["path"] == str(copies[0].tune / "adapter")
+    (copies[0].tune / "adapter/adapter_model.safetensors").write_bytes(b"trained again")
+    with pytest.raises(InputError, match="answered by another model"):
+        compare(copies, tmp_path, folder / "benchmarks")
 
 
 def test_trainings_are_paired_by_seed(trainings: list[Entry], folder: Path, tmp_path: Path):
@@ -939,7 +1046,8 @@ def test_a_model_that_was_not_trained_here_is_compared_by_its_answers(
     elsewhere = [Entry(entry.name, None, None, None, entry.real) for entry in entries]
     found = compare(elsewhere, tmp_path, folder / "benchmarks")
     with_all = compare(entries, tmp_path / "all", folder / "benchmarks")
-    assert found.comparisons == [row for row in with_all.comparisons if not row.benchmark.startswith("retrieval")]
+    answered = [row for row in with_all.comparisons if not row.benchmark.startswith("retrieval")]
+    assert found.comparisons == with_verdicts(answered)  # Holm's family has no retrieval
     assert found.controls == [] and found.towers["clips"]["tower"]["path"] is None
     page = Page()
     page.feed((tmp_path / "report.html").read_text())
@@ -1008,7 +1116,10 @@ def test_the_judge_is_named_and_capabilities_are_told_apart(copies: list[Entry],
     assert (own["answered_by"], own["repeats"], own["judge_error"]) == (["the-judge-7b"], [3], pytest.approx(0.0123))
     assert own["capabilities"]["ocr"] == {"score": pytest.approx(np.mean([0.4, 0.5, 0.7, 0.8])), "n": 4}
     rows = {row.category: row for row in found.categories if row.benchmark == "mmvet"}
-    assert {name: row.n for name, row in rows.items()} == {"rec": 4, "ocr": 4}  # a question counts for each it asks for
+    assert {name: row.n_samples for name, row in rows.items()} == {
+        "rec": 4,
+        "ocr": 4,
+    }  # a question counts for each it asks for
     assert rows["ocr"].accuracy[1] == pytest.approx(own["capabilities"]["ocr"]["score"])
     html = (tmp_path / "out/report.html").read_text()
     page = Page()
@@ -1130,7 +1241,9 @@ def test_towers_pretrained_anew_for_each_seed(trainings: list[Entry], folder: Pa
     mean = mean_score(hits["clips"], range(hits["clips"].shape[1]))
     assert found.towers["clips"]["zero_shot"]["image_to_text"]["R@1"] == pytest.approx(mean.value)
     assert found.towers["clips"]["zero_shot"]["intervals"]["image_to_text"]["R@1"] == pytest.approx(mean.interval)
-    row = next(row for row in found.comparisons if row.benchmark.startswith("retrieval, picture") and row.metric == "R@1")
+    row = next(
+        row for row in found.comparisons if row.benchmark.startswith("retrieval, picture") and row.metric == "R@1"
+    )
     expected = paired_difference(hits["clips"], hits["clip_mix"], range(hits["clips"].shape[1]))
     assert (row.inference, row.n_seeds, row.difference) == ("recipe", 3, pytest.approx(expected.difference))
     assert "ways of pretraining" in found.findings[0] and "towers" in once.findings[0]

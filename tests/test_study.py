@@ -30,7 +30,7 @@ from eval_suites import study, study_page
 from eval_suites.charts import IntervalLine, interval_chart
 from eval_suites.cli import main
 from eval_suites.statistics import recall_interval
-from eval_suites.study import CaptionStudyConfig, Point, points, pretrain_config, study_captions
+from eval_suites.study import CaptionStudyConfig, Point, points, pretrain_config, read_scores, study_captions
 from eval_suites.study_curves import Result, analyse, headline, over_trainings, scores_by_picture, trend
 from tests.test_pretrain import COLOURS, make_shards
 
@@ -301,6 +301,28 @@ def test_other_settings_or_data_are_refused(data: list[str], finished: Path, tmp
     (out / "settings.json").unlink()
     with pytest.raises(InputError, match=r"has points but no settings\.json"):
         study_captions(config(data, out, "pretrain.samples=160"))
+
+
+def test_an_evaluation_that_does_not_say_whose_its_captions_are(
+    data: list[str], finished: Path, tmp_path: Path
+) -> None:
+    run = pretrain_config(config(data, tmp_path, "pretrain.samples=160"), GRID[0])
+    shutil.copytree(finished / "points" / GRID[0].name, run.out)
+    path, scores = run.out / "zero_shot.json", read_scores(run)
+    older = read_json(path)
+    assert older.pop("owner") == np.repeat(np.arange(16), 2).tolist()
+    write_json(path, older)
+    with pytest.raises(
+        InputError, match=r"zero_shot\.json: lacks `owner`.* of its 32 captions is; delete manifest\.json"
+    ):
+        read_scores(run)
+    (run.out / "manifest.json").unlink()
+    pretrain(run)
+    again = read_scores(run)
+    assert all((again[measure] == scores[measure]).all() for measure in scores)
+    ranks = {"image_to_text": [0] * 16, "text_to_image": [0, 1] * 8}
+    write_json(path, {**older, "captions": 16, "ranks": ranks})  # one caption a picture: its own
+    assert read_scores(run)["text_to_image"].tolist() == [1, 0] * 8
 
 
 def test_command_line(data: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,11 +100,11 @@ def test_a_whole_study_with_the_first_seed_comes_first(settings: list[str]) -> N
 def test_shipped_recipe_names_what_can_be_trained(tmp_path: Path) -> None:
     shipped = config(["study_methods"])
     runs = {point: module._config(shipped, point) for point in training_order(shipped)}
-    assert len(runs) == (5 + 5 + 5) + 2 * 3 * 4 + 2 * 3 * 3
+    assert len(runs) == (5 + 5 + 5) + 2 * 3 * 4 + 3 + 2 * 3 * 3
     assert {run.method for run in runs.values()} == {"clip", "clip_mix", "coca", "clips"}
     assert (
         len({json.dumps(module._identity(run) | {"train": str(run.data.train)}) for run in runs.values()})
-        == 5 + 5 + 4 * 3 + 18
+        == 5 + 5 + 4 * 3 + 3 + 18
     )
 
 

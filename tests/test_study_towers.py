@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 import llava_bridge
 from clips_core.config import load_config, load_settings
 from clips_core.errors import InputError, Stopped
-from clips_core.folders import read_json, write_json
+from clips_core.folders import claimed, read_json, write_json
 from eval_suites import study_towers as module
 from eval_suites.cli import main
 from eval_suites.records import entries_of
@@ -77,7 +78,7 @@ def test_commands_are_what_a_reader_would_type(tmp_path: Path) -> None:
 
 
 def test_every_shipped_recipe_fits_its_stages() -> None:
-    for recipe in ("study_towers_demo", "study_towers_llava15"):
+    for recipe in ("study_towers_demo", "study_towers_llava15", "study_towers_world"):
         assert len(commands(config(*TWO, recipe=recipe), Training("a", 0))) == 3
 
 
@@ -85,6 +86,10 @@ def test_options_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert overrides(["hf:openai/clip-vit-large-patch14-336", "ours=clips:runs/x"], "org/llm", 2, "pad", True) == [
         'towers={"clip-vit-large-patch14-336": "hf:openai/clip-vit-large-patch14-336", "ours": "clips:runs/x"}',
         'align.llm="org/llm"', "seeds=[0, 1]", 'align.image_mode="pad"', "dry_run=true",
+    ]  # fmt: skip
+    # As in the guide: argparse takes all words behind --towers for towers.
+    assert overrides(["a=hf:org/a", "evaluate.data=benchmarks", "out=runs/new"], None, None, None, False) == [
+        'towers={"a": "hf:org/a"}', "evaluate.data=benchmarks", "out=runs/new",
     ]  # fmt: skip
     with pytest.raises(InputError, match="would both be called 'x'; write NAME=SPEC"):
         overrides(["clips:runs/x", "hf:org/x"], None, None, None, False)
@@ -139,8 +144,20 @@ def test_a_folder_keeps_its_recipe_and_its_towers(tmp_path: Path) -> None:
     module._agree_on_settings(config(f"out={tmp_path}", *TWO, "towers.c=hf:org/c", "seeds=[0, 1]"))  # may be added
     with pytest.raises(InputError, match=r"another recipe \(.*learning_rate"):
         module._agree_on_settings(config(f"out={tmp_path}", *TWO, "tune.learning_rate=1"))
+    with pytest.raises(InputError, match=r"another recipe \(own\.b\.image_size"):
+        module._agree_on_settings(config(f"out={tmp_path}", *TWO, "own.b.image_size=336"))
+    module._agree_on_settings(
+        config(f"out={tmp_path}", "towers.d=hf:org/d", "own.d.image_size=336")
+    )  # a new tower's own
+    with pytest.raises(InputError, match=r"another recipe \(own\.d\.image_size"):
+        module._agree_on_settings(config(f"out={tmp_path}", "towers.d=hf:org/d"))
+    sweep = "sweep={rates: [1e-3, 2e-3], samples: 8}"
+    module._agree_on_settings(config(f"out={tmp_path}", *TWO, sweep))  # nothing is trained yet
+    (tmp_path / "a/seed0/align").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"another recipe \(sweep"):  # half of the towers at other rates
+        module._agree_on_settings(config(f"out={tmp_path}", *TWO))
     with pytest.raises(InputError, match=r"holds the tower hf:org/b, not hf:org/new"):
-        module._agree_on_settings(config(f"out={tmp_path}", "towers.b=hf:org/new"))
+        module._agree_on_settings(config(f"out={tmp_path}", "towers.b=hf:org/new", sweep))
 
 
 def test_a_tower_pretrained_anew_for_each_seed(tmp_path: Path) -> None:
@@ -257,6 +274,37 @@ except Stopped:
         study.kill()
 
 
+def test_a_step_that_outlives_a_killed_study_keeps_its_folder(tmp_path: Path) -> None:
+    """kill -9 ends the study and not its step: another study must not start the same step beside it."""
+    step = f"""
+import os, pathlib, time
+pathlib.Path({str(tmp_path / "step.tmp")!r}).write_text(str(os.getpid()))
+os.rename({str(tmp_path / "step.tmp")!r}, {str(tmp_path / "step")!r})
+time.sleep(60)
+"""
+    code = f"""
+import sys
+from pathlib import Path
+from clips_core.folders import claimed
+from eval_suites.steps import Command, run_step
+with claimed(Path({str(tmp_path / "out")!r})):
+    run_step(Command([sys.executable, "-c", {step!r}], Path("never")))
+"""
+    study = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        while not (tmp_path / "step").exists():
+            assert study.poll() is None
+    finally:
+        study.kill()
+        study.wait()
+    left = int((tmp_path / "step").read_text())
+    with claimed(tmp_path / "out") as ours:
+        assert not ours
+    os.kill(left, signal.SIGKILL)
+    with claimed(tmp_path / "out", wait=True) as ours:
+        assert ours
+
+
 # ---------------------------------------------------------------------------------------------------------- jobs
 
 
@@ -316,11 +364,38 @@ def test_seeds_that_all_towers_have_are_compared(finished: tuple[Path, list[Ques
     left_out.unlink()
     module.compare_finished(study)
     primary = read_json(root / "out" / "report.json")["comparisons"][0]
-    assert (primary["n_seeds"], primary["inference"], primary["n"]) == (1, "checkpoint", len(questions))
+    assert (primary["n_seeds"], primary["inference"], primary["n_samples"]) == (1, "checkpoint", len(questions))
     left_out.write_bytes(manifest)
     study_towers(study)  # every step is finished: nothing is run
     primary = read_json(root / "out" / "report.json")["comparisons"][0]
     assert (primary["n_seeds"], primary["inference"]) == (2, "recipe")
+
+
+def test_finished_trainings_are_kept_and_a_study_goes_on_from_them(
+    finished: tuple[Path, list[Question]], tmp_path: Path
+) -> None:
+    root, _ = finished
+    shutil.copytree(root / "out", tmp_path / "here")
+    shutil.copytree(
+        root / "made/1/a/pretrain", tmp_path / "here/a/seed1/tower"
+    )  # a pretraining of its own, for one of them
+    common = [*TWO, "seeds=[0, 1]", f"evaluate.data={root / 'benchmarks'}", f"results={tmp_path / 'results'}"]
+    study_towers(config(f"out={tmp_path / 'here'}", *common))
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
+        "a-seed0.json", "a-seed1.json", "b-seed0.json", "b-seed1.json",
+    ]  # fmt: skip
+    study_towers(config(f"out={tmp_path / 'there'}", *common))  # a step that were run would fail: there is no tower
+    here, there = (read_json(tmp_path / place / "report.json") for place in ("here", "there"))
+    assert there["comparisons"] == here["comparisons"] and there["controls"] == here["controls"]
+    towers = [entry.tower for entry in entries_of(tmp_path / "there/a")]
+    assert towers == [None, tmp_path / "there/a/seed1/tower"]
+
+    with pytest.raises(InputError, match=r"a-seed0\.json was made with other settings \(settings\.tune\.learning_rate"):
+        study_towers(config(f"out={tmp_path / 'new'}", *common, "tune.learning_rate=1"))
+    kept = read_json(tmp_path / "results/a-seed0.json")
+    write_json(tmp_path / "results/a-seed0.json", kept | {"files": {"../../outside": ""}})
+    with pytest.raises(InputError, match=r"outside.* would lie outside the study's folder"):
+        study_towers(config(f"out={tmp_path / 'newer'}", *common))
 
 
 def test_what_is_waived_is_waived_and_printed(

@@ -744,21 +744,17 @@ def test_a_processor_of_another_size_is_refused(tmp_path: Path) -> None:
         load_tower(f"hf:{tmp_path}")
 
 
-def test_weights_that_do_not_fit_the_config_are_refused(tmp_path: Path) -> None:
-    change_config(save_tower(tmp_path), "config.json", hidden_size=32)
-    with pytest.raises(InputError, match=r"model\.safetensors does not fit"):
-        load_tower(f"hf:{tmp_path}")
-
-
-def test_missing_weights_are_not_drawn_at_random(tmp_path: Path) -> None:
-    change_config(save_tower(tmp_path), "config.json", num_hidden_layers=3)
-    with pytest.raises(InputError, match=r"model\.safetensors lacks"):
-        load_tower(f"hf:{tmp_path}")
-
-
-def test_left_over_weights_are_refused(tmp_path: Path) -> None:
-    change_config(save_tower(tmp_path), "config.json", num_hidden_layers=1)
-    with pytest.raises(InputError, match=r"model\.safetensors has unknown"):
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"hidden_size": 32}, "does not fit"),
+        ({"num_hidden_layers": 3}, "lacks"),  # nothing is drawn at random
+        ({"num_hidden_layers": 1}, "has unknown"),
+    ],
+)
+def test_weights_that_do_not_fit_the_config_are_refused(tmp_path: Path, changes: dict[str, int], what: str) -> None:
+    change_config(save_tower(tmp_path), "config.json", **changes)
+    with pytest.raises(InputError, match=rf"model\.safetensors {what}"):
         load_tower(f"hf:{tmp_path}")
 
 

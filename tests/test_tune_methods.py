@@ -12,7 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from llava_runs import RUN_AND_DIE, World, rows, weights
+from llava_runs import RUN_AND_DIE, World, make_world, rows, weights
 from llava_samples import save_conversations, save_llm, save_tower
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -51,17 +51,8 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    folder = tmp_path_factory.mktemp("methods")
-    save_tower(folder / "tower")
-    save_llm(folder / "llm")
-    save_conversations(folder / "data")
-    # Half of the conversations without a picture: whole batches of them, and parts of mixed ones.
-    conversations = json.loads((folder / "data" / "tune.json").read_text())
-    for conversation in conversations[::2]:
-        del conversation["image"]
-        conversation["conversations"][0]["value"] = conversation["conversations"][0]["value"].removeprefix("<image>\n")
-    (folder / "data" / "tune.json").write_text(json.dumps(conversations))
-    world = World(folder)
+    """Some batches are without pictures, and some parts of mixed ones."""
+    world = make_world(tmp_path_factory.mktemp("methods"), mixed=True)
     align(world.align_config("align", samples=4))
     for name, changes in METHODS.items():
         tune(world.tune_config(name, **changes))

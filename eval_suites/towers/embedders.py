@@ -26,6 +26,7 @@ from clips_core.folders import read_json
 from llava_bridge.hub import WEIGHTS, download, is_repository
 from llava_bridge.towers import load_tower
 from llava_bridge.towers.carriers import MODEL_TYPES, PROCESSOR, load_processor, one_line, square
+from llava_bridge.towers.from_open_clip import check_quick_gelu
 
 SIDECAR = "clips_sidecar.safetensors"  # marks the image tower of a CLIPS model in HF layout
 DUAL = {"clip": "CLIPModel", "siglip": "SiglipModel"}  # HF models of pictures and texts, by model type
@@ -144,7 +145,7 @@ def _open_clip(spec: str, name: str, image_size: int | None) -> Embedder:
         model_name, _, tag = name.partition("/")
         if not tag or name.startswith("local-dir:"):
             raise InputError(f"{folder}: no such folder (a model of open_clip's list is written ARCH/PRETRAINED)")
-        _check_quick_gelu(model_name, tag)
+        check_quick_gelu(model_name, tag)
     size = {} if image_size is None else {"force_image_size": image_size}
     try:
         with warnings.catch_warnings():
@@ -169,14 +170,6 @@ def _open_clip(spec: str, name: str, image_size: int | None) -> Embedder:
         tokens=lambda texts: tokenizer(list(texts)),
         texts=model.encode_text,
     )
-
-
-def _check_quick_gelu(arch: str, tag: str) -> None:
-    """open_clip itself only warns when weights and architecture disagree about the activation."""
-    known, config = open_clip.get_pretrained_cfg(arch, tag), open_clip.get_model_config(arch)
-    if config is not None and known and bool(config.get("quick_gelu")) != bool(known.get("quick_gelu")):
-        other = arch.removesuffix("-quickgelu") if config.get("quick_gelu") else f"{arch}-quickgelu"
-        raise InputError(f"the weights {tag!r} and {arch} differ in QuickGELU; write open_clip:{other}/{tag}")
 
 
 def _hf(spec: str, name: str, image_size: int | None) -> Embedder:

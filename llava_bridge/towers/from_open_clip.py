@@ -77,18 +77,26 @@ def pretrained_carrier(arch: str, tag: str, image_size: int | None) -> Carrier:
     if not known:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(arch)) or "none"
         raise InputError(f"open_clip {open_clip.__version__} has no weights {tag!r} for {arch} (it has: {tags})")
-    quick = bool(open_clip.get_model_config(arch).get("quick_gelu"))
-    if quick != bool(known.get("quick_gelu")):  # open_clip itself only warns
-        other = arch.removesuffix("-quickgelu") if quick else f"{arch}-quickgelu"
-        raise InputError(
-            f"the weights {tag!r} were trained {'without' if quick else 'with'} QuickGELU, and {arch} computes "
-            f"{'with' if quick else 'without'} it; write open_clip:{other}/{tag}"
-        )
+    check_quick_gelu(arch, tag)
     try:
         weights = Path(open_clip.download_pretrained(known))
     except Exception as error:  # whatever its ways of downloading raise
         raise InputError(f"the weights {tag!r} of {arch} cannot be fetched ({one_line(error)[:300]})") from None
     return _carrier(arch, tag, weights, image_size)
+
+
+def check_quick_gelu(arch: str, tag: str) -> None:
+    """Refuse weights that were trained with another activation than the architecture's, of which open_clip itself only warns."""
+    config, known = open_clip.get_model_config(arch), open_clip.get_pretrained_cfg(arch, tag)
+    if not config or not known:
+        return  # no such model: opening it says so
+    quick = bool(config.get("quick_gelu"))
+    if quick != bool(known.get("quick_gelu")):
+        other = arch.removesuffix("-quickgelu") if quick else f"{arch}-quickgelu"
+        raise InputError(
+            f"the weights {tag!r} were trained {'without' if quick else 'with'} QuickGELU, and {arch} computes "
+            f"{'with' if quick else 'without'} it; write open_clip:{other}/{tag}"
+        )
 
 
 def _carrier(model: str, tag: str | None, weights: Path, image_size: int | None) -> Carrier:
