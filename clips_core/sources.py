@@ -20,7 +20,7 @@ from clips_core import listings
 from clips_core.config import DataConfig, SourceConfig
 from clips_core.errors import BadSample, InputError
 from clips_core.files import File, LocalCopies, copy, find_files, in_threads, is_remote, open_file, read_bytes, retried
-from clips_core.folders import MetricsLog
+from clips_core.folders import MANIFEST, MetricsLog, read_manifest
 from clips_core.shards import Tar, scan_tar
 
 KINDS = (".tar", ".parquet", ".jsonl", ".csv")
@@ -111,6 +111,12 @@ class Sources:
         """Number of samples, of shards and of bytes: enough to notice other data, without reading terabytes."""
         files = [file for source in self.sources for file in source.files]
         return f"{len(self)} samples, {len(files)} shards, {sum(file.size for file in files)} bytes"
+
+    def captioners(self) -> list[str]:
+        """Who wrote the synthetic captions, as the manifests with the files say: `unknown` of files without one."""
+        files = [file.path for source in self.sources for file in source.files]
+        folders = dict.fromkeys(None if is_remote(path) else Path(path).parent for path in files)
+        return list(dict.fromkeys(_captioner(folder) for folder in folders))
 
     def open(self, source: int, chunk: int) -> Reader:
         """The samples of a chunk. Close it when it is not needed any more, and `drop` it.
@@ -421,3 +427,20 @@ def _unpack(path: str, number: int, names: set[str], target: Path) -> None:
 def _bytes(value: Any) -> Any:
     """A picture's bytes out of the struct {bytes, path} that Hugging Face's datasets have."""
     return value["bytes"] if isinstance(value, dict) and value.keys() == {"bytes", "path"} else value
+
+
+def _captioner(folder: Path | None) -> str:
+    """Of shards that `data recaption`, `data join` or `data world` wrote: there, or in a folder of theirs."""
+    for place in () if folder is None else (folder, folder.parent):
+        if not (place / MANIFEST).is_file():
+            continue
+        manifest = read_manifest(place)
+        config = manifest["config"]
+        match manifest["stage"]:
+            case "recaption":
+                return str(config["endpoint_model"] or config["model"])
+            case "join":
+                return f"whoever wrote {config['captions']}"
+            case "world":
+                return "the sample world"
+    return "unknown"

@@ -204,6 +204,7 @@ def _pretrain(config: PretrainConfig, device: torch.device) -> Path:
     if log is not None:
         outputs: dict[str, Any] = {
             "method": config.method,
+            "captioners": dataset.sources.captioners(),
             "parameters": parameters,
             "flops_per_sample": flops,
             "samples": total_steps * config.batch_size,

@@ -107,7 +107,8 @@ def _settings(run: Run) -> Iterator[tuple[str, Any]]:
     if "tower" in manifests:
         outputs = manifests["tower"]["outputs"]
         yield from (
-            (f"pretraining.{key}", outputs.get(key)) for key in ("method", "samples", "flops_per_sample", "parameters")
+            (f"pretraining.{key}", outputs.get(key))
+            for key in ("method", "samples", "flops_per_sample", "parameters", "captioners")
         )
         yield "pretraining.data", manifests["tower"]["inputs"].get("data")
     for stage in ("align", "tune"):

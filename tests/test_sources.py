@@ -19,6 +19,7 @@ from clips_core import files, sources
 from clips_core.config import DataConfig
 from clips_core.errors import BadSample, InputError
 from clips_core.files import LocalCopies, expand_braces, find_files
+from clips_core.folders import write_manifest
 from clips_core.shards import write_shards
 from clips_core.sources import Sources
 from tests.web_server import serve
@@ -145,6 +146,17 @@ def test_remote_files_give_what_local_ones_do(tmp_path: Path, kind: str) -> None
         storage.rm(f"/{tmp_path.name}-{kind}", recursive=True)
     with pytest.raises(InputError, match=rf"{url}.*no such remote file"):
         Sources(config(url))
+
+
+def test_captioners_are_read_beside_the_shards(tmp_path: Path) -> None:
+    plain, joined, recaptioned = (write_tars(tmp_path / name) for name in ("plain", "joined", "recaptioned"))
+    drawn = write_tars(tmp_path / "world" / "pretrain")
+    write_manifest(tmp_path / "joined", "join", {"captions": "recap/*.parquet"}, {}, {})
+    write_manifest(tmp_path / "recaptioned", "recaption", {"model": "org/vlm", "endpoint_model": None}, {}, {})
+    write_manifest(tmp_path / "world", "world", {}, {}, {})
+    paths = [str(path) for path in (drawn, plain, recaptioned, joined, drawn)]
+    sources = Sources(config([{"path": [path], "weight": 1.0} for path in paths]))
+    assert sources.captioners() == ["the sample world", "unknown", "org/vlm", "whoever wrote recap/*.parquet"]
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
