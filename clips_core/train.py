@@ -50,6 +50,7 @@ from clips_core.step import parallel, training_step
 from clips_core.tokenizer import BERT_VOCAB, ClipsTokenizer
 
 STAGE = "pretrain"
+COUNTED = 32  # samples that FLOPs are counted on, at most
 SKIPPED_STEPS = "skipped_steps.jsonl"
 
 
@@ -346,15 +347,19 @@ def open_data(config: PretrainConfig) -> tuple[ClipsTokenizer, PretrainDataset]:
 
 
 def flops_per_sample(model: CLIPS, dataset: PretrainDataset, config: PretrainConfig) -> float:
-    """FLOPs of one training step (forward and backward) a picture, counted by torch on two real samples."""
-    batch = collate([dataset[0], dataset[config.data.lanes]])  # both of the first lane
+    """FLOPs of one training step (forward and backward) a picture, counted by torch on real samples.
+
+    They are as many as are computed at once, up to `COUNTED`: the decoder's queries follow the longest caption among them.
+    """
+    count = min(COUNTED, config.micro_batch or config.batch_size // world_size())
+    batch = collate([dataset[i * config.data.lanes] for i in range(count)])  # of the first lane
     if isinstance(batch, InputError):
         raise batch
     rows = {name: value.to(model.logit_scale.device) for name, value in batch.tensors.items()}
     with FlopCounterMode(display=False) as counter:
         training_step(model, model.logit_scale, rows, dataclasses.replace(config, micro_batch=None))
     model.zero_grad(set_to_none=True)
-    return counter.get_total_flops() / 2
+    return counter.get_total_flops() / count
 
 
 @contextmanager
