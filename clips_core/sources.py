@@ -20,7 +20,7 @@ from clips_core import listings
 from clips_core.config import DataConfig, SourceConfig
 from clips_core.errors import BadSample, InputError
 from clips_core.files import File, LocalCopies, copy, find_files, in_threads, is_remote, open_file, read_bytes, retried
-from clips_core.folders import MANIFEST, MetricsLog, read_manifest
+from clips_core.folders import MANIFEST, MetricsLog, read_json
 from clips_core.shards import Tar, scan_tar
 
 KINDS = (".tar", ".parquet", ".jsonl", ".csv")
@@ -432,15 +432,14 @@ def _bytes(value: Any) -> Any:
 def _captioner(folder: Path | None) -> str:
     """Of shards that `data recaption`, `data join` or `data world` wrote: there, or in a folder of theirs."""
     for place in () if folder is None else (folder, folder.parent):
-        if not (place / MANIFEST).is_file():
-            continue
-        manifest = read_manifest(place)
-        config = manifest["config"]
-        match manifest["stage"]:
-            case "recaption":
-                return str(config["endpoint_model"] or config["model"])
-            case "join":
-                return f"whoever wrote {config['captions']}"
-            case "world":
+        manifest = None
+        with contextlib.suppress(InputError, OSError):  # none, or another program's file of that name
+            manifest = read_json(place / MANIFEST)
+        match manifest:
+            case {"stage": "recaption", "config": {"endpoint_model": str(name)} | {"model": str(name)}}:
+                return name
+            case {"stage": "join", "config": {"captions": captions}}:
+                return f"whoever wrote {captions}"
+            case {"stage": "world"}:
                 return "the sample world"
     return "unknown"

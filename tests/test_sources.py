@@ -157,6 +157,16 @@ def test_captioners_are_read_beside_the_shards(tmp_path: Path) -> None:
     paths = [str(path) for path in (drawn, plain, recaptioned, joined, drawn)]
     sources = Sources(config([{"path": [path], "weight": 1.0} for path in paths]))
     assert sources.captioners() == ["the sample world", "unknown", "org/vlm", "whoever wrote recap/*.parquet"]
+    for foreign in (
+        "not JSON",
+        "[1]",
+        '{"stage": 3}',
+        '{"stage": "join", "config": []}',
+    ):  # other programs use the name too
+        (tmp_path / "plain" / "manifest.json").write_text(foreign)
+        assert Sources(config(str(plain))).captioners() == ["unknown"]
+    write_manifest(tmp_path / "plain", "recaption", {"model": None, "endpoint_model": "served"}, {}, {})
+    assert Sources(config(str(plain))).captioners() == ["served"]
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
