@@ -92,12 +92,9 @@ def _settings(run: Run) -> Iterator[tuple[str, Any]]:
     if "align" in manifests:
         yield "tower.spec", manifests["align"]["config"].get("tower")
         yield "tower.hash", manifests["align"]["inputs"].get("tower")
-    # A stage 2 that kept its adapter alone goes on from stage 1's model, whose tower it left as it was.
-    stages = [folder / "model" for folder in (run.entry.tune, run.entry.align) if folder is not None]
-    model = next((folder for folder in stages if (folder / "config.json").is_file()), None)
-    if model is not None:
-        yield from _tower_in_llava(read_json(model / "config.json"))
-        processor = model / "processor_config.json"
+    if run.llava is not None:
+        yield from _tower_in_llava(read_json(run.llava / "config.json"))
+        processor = run.llava / "processor_config.json"
         if processor.is_file():
             pixels = read_json(processor).get("image_processor", {})
             yield from (

@@ -266,7 +266,7 @@ def identity(run: Run) -> tuple[dict[str, Any], str | None]:
     settings: dict[str, Any] = dict.fromkeys(SETTINGS)
     if "align" not in run.manifests or "tune" not in run.manifests:
         return settings, "it was not trained here, so there is no record of its tower and recipe"
-    config = _model_config(run)
+    config = {} if run.llava is None else read_json(run.llava / "config.json")
     asked = run.manifests["align"]["config"]
     vision, text = (config.get(part) or {} for part in ("vision_config", "text_config"))
     spec, llm = (str(asked.get(key) or UNKNOWN).partition("@")[0] for key in ("tower", "llm"))
@@ -294,13 +294,6 @@ def identity(run: Run) -> tuple[dict[str, Any], str | None]:
         recipe, difference = next(iter(others.items()))
         return settings, f"its recipe is not that of {recipe} ({difference})"
     return settings, None
-
-
-def _model_config(run: Run) -> dict[str, Any]:
-    """config.json of the LLaVA, or of stage 1's where stage 2 left adapters alone."""
-    folders = [folder for folder in (run.entry.tune, run.entry.align) if folder is not None]
-    path = next((path for folder in folders if (path := folder / "model" / "config.json").is_file()), None)
-    return {} if path is None else dict(read_json(path))
 
 
 def _other(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:

@@ -102,6 +102,12 @@ class Run:
             ) from None
 
     @cached_property
+    def llava(self) -> Path | None:
+        """The LLaVA's folder; where stage 2 kept its adapter alone, that of stage 1, whose tower it left as it was."""
+        stages = [folder / "model" for folder in (self.entry.tune, self.entry.align) if folder is not None]
+        return next((folder for folder in stages if (folder / "config.json").is_file()), None)
+
+    @cached_property
     def seconds(self) -> dict[str, float]:
         """Seconds of each stage that recorded them, by field of `Entry`."""
         found = {}
