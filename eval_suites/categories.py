@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from eval_suites.benchmarks import Suite
 from eval_suites.records import Key, Record, Run
-from eval_suites.statistics import Inference, holm, paired_answers, paired_difference, told_apart
+from eval_suites.statistics import Inference, better_of, holm, paired_answers, paired_difference
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,10 @@ def by_category(a: Sequence[Run], b: Sequence[Run], questions: Mapping[str, Mapp
 def _of_benchmark(a: Sequence[Run], b: Sequence[Run], task: str, questions: Mapping[str, list[Key]]) -> list[Category]:
     rows = [_row(a, b, task, category, keys) for category, keys in questions.items()]
     adjusted = holm([row.p_value for row in rows])
-    return [replace(row, adjusted_p=p, better=_better(row, p)) for row, p in zip(rows, adjusted, strict=True)]
+    return [
+        replace(row, adjusted_p=p, better=better_of(row.a, row.b, row.difference, p, row.interval))
+        for row, p in zip(rows, adjusted, strict=True)
+    ]
 
 
 def _row(a: Sequence[Run], b: Sequence[Run], task: str, category: str, keys: Sequence[Key]) -> Category:
@@ -70,9 +73,3 @@ def _row(a: Sequence[Run], b: Sequence[Run], task: str, category: str, keys: Seq
         right.count((False, True)) / len(a), found.difference, found.interval, found.p_value, found.p_value, None,
         found.n_seeds, found.inference,
     )  # fmt: skip
-
-
-def _better(row: Category, p_value: float) -> str | None:
-    if not told_apart(p_value, row.interval):
-        return None
-    return row.a if row.difference > 0 else row.b

@@ -33,6 +33,7 @@ from eval_suites.statistics import (
     Difference,
     Inference,
     Mean,
+    better_of,
     holm,
     mean_score,
     mme_difference,
@@ -41,7 +42,6 @@ from eval_suites.statistics import (
     paired_difference,
     recall_interval,
     standardised_difference,
-    told_apart,
 )
 
 SUITE = "suite"  # all benchmarks, each counting alike: the primary comparison
@@ -441,8 +441,7 @@ def with_verdicts(rows: Sequence[Comparison]) -> list[Comparison]:
         family = [i for i, row in enumerate(rows) if (row.benchmark == SUITE) == primary]
         for i, adjusted in zip(family, holm([rows[i].p_value for i in family]), strict=True):
             row = rows[i]
-            winner = row.a if row.difference > 0 else row.b
-            better = winner if told_apart(adjusted, row.interval) else None
+            better = better_of(row.a, row.b, row.difference, adjusted, row.interval)
             found[i] = replace(row, adjusted_p=adjusted, better=better)
     return found
 

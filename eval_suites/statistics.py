@@ -337,9 +337,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def told_apart(p_value: float, interval: Sequence[float]) -> bool:
-    """Whether a difference is called one: p, adjusted where it is one of several, is at most 5 %; the interval leaves out zero."""
-    return p_value <= ALPHA and not interval[0] <= 0 <= interval[1]
+def better_of(a: str, b: str, difference: float, p_value: float, interval: Sequence[float]) -> str | None:
+    """The better of two, by the mean of `a` minus that of `b`; None: it cannot be told.
+
+    It can where p, adjusted where it is one of several, is at most 5 %, and the interval leaves out zero.
+    """
+    if p_value > ALPHA or interval[0] <= 0 <= interval[1]:
+        return None
+    return a if difference > 0 else b
 
 
 # --------------------------------------------------------------------------------- the two-way random-effects mean

@@ -14,7 +14,7 @@ from clips_core.errors import InputError
 from clips_core.folders import MANIFEST, MetricsLog, first_difference, read_json, read_manifest
 from eval_suites.comparison import DIRECTIONS, between, p_text, percent, points
 from eval_suites.records import Record
-from eval_suites.statistics import holm, mean_score, paired_difference, told_apart
+from eval_suites.statistics import better_of, holm, mean_score, paired_difference
 from eval_suites.terminal import table as terminal_table
 
 STAGE = "eval tower"
@@ -124,7 +124,7 @@ def tower_table(runs: Sequence[Path], sets: Sequence[str] | None = None) -> Towe
     adjusted = holm([row[-1].p_value for row in found]) if found else []
     differences = []
     for ((name, task), metric, a, b, own), p in zip(found, adjusted, strict=True):
-        better = (a if own.difference > 0 else b) if told_apart(p, own.interval) else None
+        better = better_of(a, b, own.difference, p, own.interval)
         differences.append(
             Difference(
                 name, task, metric, a, b, own.difference, own.interval, own.p_value, p, own.detectable, own.inference,
