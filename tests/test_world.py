@@ -470,6 +470,19 @@ def test_class_set_is_read_as_any_other_and_its_prompts_are_web_captions(
     assert max(len(prompt.tokens) for prompt in prompts) <= 20
 
 
+def test_pairs_are_the_same_pictures_told_by_colour_and_object(world: Path, pretrain: list[dict[str, Any]]) -> None:
+    by_object, by_pair = (shard_samples(world / name / "test") for name in ("classes", "pairs"))
+    assert [s["png"].tobytes() for s in by_pair] == [s["png"].tobytes() for s in by_object]
+    found = read_class_set("pairs", ClassSet(test="pairs/test"), world)
+    assert len(set(found.spoken)) == 16 * 6 and found.test.labels.bincount().tolist() == [2] * 16 * 6
+    for sample in by_pair:
+        [thing] = sample["json"]["scene"]["objects"]
+        assert found.spoken[int(sample["cls"])] == f"{thing['colour']} {thing['name']}"
+    web = {sample["txt"].lower() for sample in pretrain}
+    for template in found.templates:
+        assert sum(template(name) in web for name in found.spoken) > 4, template("…")
+
+
 # ---------------------------------------------------------------------------------------------------- LLaVA
 
 
@@ -729,7 +742,11 @@ def test_pictures_and_captions_of_a_config_stay_what_they_were(tmp_path: Path) -
 
 def test_a_world_without_class_set_is_otherwise_the_same(tmp_path: Path) -> None:
     whole, without = (hashes(make_world(config_of(tmp_path / f"{n}", *TINY, f"counts.classes={n}"))) for n in (2, 0))
-    assert whole == without | {name: own for name, own in whole.items() if name.startswith("classes/")} != without
+    assert (
+        whole
+        == without | {name: own for name, own in whole.items() if name.startswith(("classes/", "pairs/"))}
+        != without
+    )
 
 
 def test_where_the_sentence_about_the_whole_scene_stands(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ pretrain/shard-*.tar      KEY.png, KEY.txt (web caption), KEY.json {"re_caption"
 retrieval/shard-*.tar     KEY.png, KEY.txt (one sentence, unique), KEY.json {"held_out", "scene"}
 classes/test/shard-*.tar  KEY.png, KEY.cls (its class's number), KEY.json {"held_out", "scene"}; one object each, as many of every
                           class and colour; classes/ has classnames.txt and zeroshot_classification_templates.txt
+pairs/                    the same pictures and files, but a class is a colour–object pair
 llava/                    align.json, tune.json, images/*.png, scenes.json
 benchmarks/               lmms-lab-encoder/<data set>/…, scenes.json
 """
@@ -14,7 +15,7 @@ import json
 import os
 import shutil
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,18 @@ from clips_core.folders import (
 from clips_core.shards import Shards, write_shards
 from clips_core.tokenizer import train_vocab
 from clips_core.world.benchmarks import BENCHMARKS, Picture, write_tables
-from clips_core.world.captions import class_prompts, corpus_words, synthetic_caption, web_caption, whole_scene, written
+from clips_core.world.captions import (
+    class_prompts,
+    corpus_words,
+    full_name,
+    pair_prompts,
+    synthetic_caption,
+    web_caption,
+    whole_scene,
+    written,
+)
 from clips_core.world.conversations import align_record, tune_record
-from clips_core.world.scenes import FONTS, draw_scene, png, render
+from clips_core.world.scenes import FONTS, Thing, draw_scene, png, render
 from clips_core.world.settings import Rules, WorldConfig, resolve
 
 STAGE = "world"
@@ -60,7 +70,7 @@ def make_world(config: WorldConfig) -> Path:
     _claim(config.out, identity)
     for name, build in PARTS.items():
         part, temporary = config.out / name, config.out / f".{name}.unfinished"
-        if part.exists() or (name == "classes" and not config.counts.classes):
+        if part.exists() or (name in ("classes", "pairs") and not config.counts.classes):
             continue
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -156,23 +166,33 @@ def _retrieval_samples(rules: Rules) -> Iterator[dict[str, Any]]:
 
 
 def _build_classes(rules: Rules, folder: Path) -> None:
-    """Pictures and names of the classes, as CLIP_benchmark lays them out."""
-    write_shards(_class_samples(rules), folder / "test")
-    (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in rules.pictograms))
-    (folder / "zeroshot_classification_templates.txt").write_text("".join(f"{own}\n" for own in class_prompts(rules)))
+    _write_class_set(rules, rules.pictograms, lambda thing: thing.name, class_prompts(rules), folder)
 
 
-def _class_samples(rules: Rules) -> Iterator[dict[str, Any]]:
-    """Held-out pictures of one object each, the classes in turn; a class goes through all colours, held-out pairs among them."""
-    lots = [(i, label) for i in range(rules.config.counts.classes) for label in range(len(rules.pictograms))]
-    for index, (i, label) in enumerate(tqdm(lots, desc="world: class pictures", unit="picture")):
-        name = rules.pictograms[label]
+def _build_pairs(rules: Rules, folder: Path) -> None:
+    names = [f"{colour} {name}" for name in rules.pictograms for colour in rules.colours]
+    _write_class_set(rules, names, full_name, pair_prompts(), folder)
+
+
+def _write_class_set(
+    rules: Rules, names: Sequence[str], class_of: Callable[[Thing], str], prompts: Sequence[str], folder: Path
+) -> None:
+    """Pictures of one object each, names and prompts of their classes, as CLIP_benchmark lays them out."""
+    write_shards(_class_samples(rules, names, class_of), folder / "test")
+    (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in names))
+    (folder / "zeroshot_classification_templates.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
+
+
+def _class_samples(rules: Rules, names: Sequence[str], class_of: Callable[[Thing], str]) -> Iterator[dict[str, Any]]:
+    """Held-out pictures of one object each, the objects in turn; each goes through all colours, held-out pairs among them."""
+    lots = [(i, name) for i in range(rules.config.counts.classes) for name in rules.pictograms]
+    for index, (i, name) in enumerate(tqdm(lots, desc="world: class pictures", unit="picture")):
         rng = rules.rng("classes", name, i)
         scene = draw_scene(rng, rules, [(rules.colours[i % len(rules.colours)], name)])
         yield {
             "__key__": f"{index:09d}",
             "png": png(render(scene, rng, rules.level.clutter)),
-            "cls": str(label),
+            "cls": str(names.index(class_of(scene.things[0]))),
             "json": {"held_out": [" ".join(pair) for pair in scene.pairs & rules.held_out], "scene": scene.to_json()},
         }
 
@@ -203,6 +223,7 @@ PARTS: dict[str, Callable[[Rules, Path], None]] = {  # first those that can find
     "benchmarks": _build_benchmarks,
     "retrieval": _build_retrieval,
     "classes": _build_classes,
+    "pairs": _build_pairs,
     "llava": _build_llava,
     "pretrain": _build_pretrain,
 }

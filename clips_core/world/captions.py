@@ -276,6 +276,11 @@ def class_prompts(rules: Rules) -> list[str]:
     return ["{c}", "{c} icon", *(f"{{c}} on {tint}" for tint in rules.tints)]
 
 
+def pair_prompts() -> list[str]:
+    """Web captions that tell a picture's object and its colour, with {c} for both."""
+    return ["{c}", "{c} icon", "{c} clip art"]
+
+
 def corpus_words(caption: str) -> str:
     """A caption for training a vocabulary: numbers of file names taken apart, so that they do not become words."""
     return re.sub(r"(\d)", r" \1 ", caption)

@@ -100,7 +100,9 @@ class WorldCounts:
 
     pretrain: Annotated[int, Field(ge=1)] = 30_000  # pictures with a web and a synthetic caption
     retrieval: Annotated[int, Field(ge=1)] = 200  # held-out pictures, each with one sentence about the whole scene
-    classes: Count = 30  # held-out pictures of each pictogram alone, to be told by its name; 0: none
+    classes: Count = (
+        30  # held-out pictures of each pictogram alone, to be told by its name, or by colour and name; 0: none
+    )
     align: Count = 4_000  # LLaVA stage 1: pictures with a caption
     tune: Count = 4_000  # LLaVA stage 2: pictures with a conversation
     benchmarks: BenchmarkCounts = field(default_factory=BenchmarkCounts)
