@@ -82,7 +82,7 @@ def train_points(
     runs: Mapping[P, PretrainConfig],
     part: str | None,
     is_done: Callable[[P], bool],
-    before: Callable[[], None],
+    before: Callable[[], object],
     after_each: Callable[[], object],
     after_all: Callable[[], object],
 ) -> None:

@@ -6,33 +6,30 @@ the same first weights (of one seed) and the same FLOPs, since a short text is p
 zero-shot retrieval among held-out pictures, *whose texts are always whole*, as in the paper: how long the texts were in training is
 the only thing that changes.
 
-Under `out` there are one run folder a point (`points/`, each as `clips-llava pretrain` leaves it), results.jsonl (one line a
-finished point), study.json, the figure as captions.svg and captions.png, and captions.html. All are written anew after every point.
+Under `out` there are one run folder a point (`points/`, each as `clips-llava pretrain` leaves it), study.json, the figure as
+captions.svg and captions.png, and captions.html, all of them written anew after every point. Under `results`: one JSON a finished
+point; a point whose file is there is not trained again (`eval_suites.results`).
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic.dataclasses import dataclass
 from rich.console import Console
 
-from clips_core.config import FORBID, PretrainConfig, Strategy, to_dict, what_trains
+from clips_core.config import FORBID, PretrainConfig, Strategy, to_dict
 from clips_core.errors import InputError
-from clips_core.folders import MANIFEST, claimed, first_difference, read_json, read_manifest, write_bytes, write_json
+from clips_core.folders import claimed, first_difference, write_bytes, write_json
 from clips_core.recaption import parse_part
 from eval_suites import study_page
-from eval_suites.comparison import between, percent, query_pictures
+from eval_suites.comparison import between, percent
 from eval_suites.grid import is_finished, point_config, train_points
-from eval_suites.study_curves import LABELS, MEASURES, Result, Study, analyse, scores_by_picture, tokens
+from eval_suites.results import make_result, read_result, write_result
+from eval_suites.study_curves import LABELS, MEASURES, Study, analyse, tokens
 from eval_suites.terminal import table
 
-SETTINGS = "settings.json"  # of a study's folder: what all of its points have in common
-WEIGHTS = "export/open_clip/open_clip_model.safetensors"
 # Keys of a pretraining that the study sets itself, and where to say so instead.
 OWN_KEYS = {
     "out": "each point has a folder under the study's own `out`",
@@ -60,6 +57,7 @@ class CaptionStudyConfig:
     )
     web_lengths: list[int] | None = None  # null: the same lengths. Web captions are short: so should these be
     seeds: list[int] = dataclasses.field(default_factory=lambda: [0])  # trainings of each point
+    results: Path | None = None  # folder of the JSON files, one a training; null: OUT/results
     part: str | None = None  # i/n: only points i, i + n, … of the grid; null: all
 
     def __post_init__(self) -> None:
@@ -117,8 +115,8 @@ def study_captions(config: CaptionStudyConfig) -> Path:
         config.out,
         runs,
         config.part,
-        is_done=lambda point: is_finished(runs[point]),
-        before=lambda: _agree_on_settings(config, runs[grid[0]]),
+        is_done=lambda point: read_result(_results(config), point, runs[point]) is not None,
+        before=lambda: publish(config, runs),
         after_each=lambda: publish(config, runs),
         after_all=conclude,
     )
@@ -177,68 +175,37 @@ def _check_lengths(grid: Sequence[Point], runs: dict[Point, PretrainConfig]) -> 
 # --- the folder -----------------------------------------------------------------------------------------------------
 
 
-def _agree_on_settings(config: CaptionStudyConfig, run: PretrainConfig) -> None:
-    """Write down what all points have in common, or compare with what an earlier run or another process has written.
-
-    What changes only how a point is trained, and not what comes out, may differ from process to process.
-    """
-    settings = {name: value for name, value in what_trains(run).items() if name not in ("texts", "seed")}
-    with claimed(config.out, wait=True):
-        path = config.out / SETTINGS
-        if not path.exists():
-            if (config.out / "points").exists():
-                raise InputError(f"{config.out}: has points but no {SETTINGS}; choose another folder")
-            write_json(path, settings)
-        difference = first_difference(read_json(path), settings)
-    if difference is not None:
-        raise InputError(
-            f"{config.out} holds a study with other settings (pretrain.{difference}); choose another out or delete it"
-        )
-
-
-def read_row(point: Point, run: PretrainConfig) -> dict[str, Any]:
-    """The line of results.jsonl of a finished point.
-
-    Raises:
-        InputError: if its folder is another stage's, or holds no evaluation.
-    """
-    manifest, zero_shot = read_manifest(run.out, "pretrain"), read_json(run.out / "zero_shot.json")
-    outputs = manifest["outputs"]
-    return {
-        "point": point.name,
-        **point._asdict(),
-        **{way: zero_shot[way] for way in ("image_to_text", "text_to_image")},
-        "mean": {k: (zero_shot["image_to_text"][k] + zero_shot["text_to_image"][k]) / 2 for k in zero_shot["chance"]},
-        **{name: zero_shot[name] for name in ("chance", "n", "captions")},
-        **{name: outputs[name] for name in ("samples", "processes", "parameters", "flops_per_sample", "seconds")},
-        "flops": outputs["flops_per_sample"] * outputs["samples"],
-        "weights": manifest["weights"][WEIGHTS],
-        "inputs": manifest["inputs"],
-        "finished": manifest["finished"],
-        "folder": str(run.out),
-    }
+def _results(config: CaptionStudyConfig) -> Path:
+    return config.results or config.out / "results"
 
 
 def publish(config: CaptionStudyConfig, runs: dict[Point, PretrainConfig]) -> Study | None:
-    """Write results.jsonl, study.json, the figure and the page from the points that are finished; None if none is.
+    """Keep the results of points that have finished; from all results write study.json, the figure and the page. None if none is.
 
     Raises:
-        InputError: if two points were trained or evaluated on different data.
+        InputError: if two points were trained or evaluated on different data, or one with other settings.
     """
     with claimed(config.out, wait=True):  # so that no process writes what it read before another one's last point
-        finished = {point: run for point, run in runs.items() if is_finished(run)}
-        rows = [read_row(point, run) for point, run in finished.items()]
+        rows = []
+        for point, run in runs.items():
+            row = read_result(_results(config), point, run)
+            if row is None and is_finished(run):
+                row = make_result(point, run)
+                write_result(_results(config), row)
+            if row is not None:
+                rows.append(row)
         if not rows:
             return None
         for row in rows:
             for key in ("inputs", "n", "captions"):
                 difference = first_difference(rows[0][key], row[key], key)
                 if difference is not None:
-                    names = f"{rows[0]['folder']} and {row['folder']}"
-                    raise InputError(f"{names} saw different data ({difference}); delete the one that is out of date")
-        results = [Result(row, read_scores(run)) for row, run in zip(rows, finished.values(), strict=True)]
-        write_bytes(config.out / "results.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows).encode())
-        study = analyse(results, to_dict(config), read_json(config.out / SETTINGS), len(runs))
+                    names = f"{rows[0]['point']} and {row['point']}"
+                    raise InputError(
+                        f"{_results(config)}: {names} saw different data ({difference}); delete the one that is out of date, and "
+                        "its folder under points"
+                    )
+        study = analyse(rows, to_dict(config), len(runs))
         write_json(config.out / "study.json", study.to_dict())
         for kind in ("svg", "png"):
             write_bytes(config.out / f"captions.{kind}", study_page.figure(study, kind))
@@ -246,28 +213,11 @@ def publish(config: CaptionStudyConfig, runs: dict[Point, PretrainConfig]) -> St
     return study
 
 
-def read_scores(run: PretrainConfig) -> dict[str, NDArray[np.float64]]:
-    """R@1 of every held-out picture by measure, [N], as a finished training evaluated itself.
-
-    Raises:
-        InputError: if it holds no evaluation, or one that does not say whose each of several captions is.
-    """
-    path = run.out / "zero_shot.json"
-    zero_shot = read_json(path)
-    owner = query_pictures(zero_shot, "text_to_image")
-    if owner is None:
-        raise InputError(
-            f"{path}: lacks `owner`, which says whose each of its {zero_shot['captions']} captions is; delete {MANIFEST} beside "
-            "it and run the same command to evaluate again"
-        )
-    return scores_by_picture(zero_shot["ranks"], np.array(owner))
-
-
 # --- what is said of it ---------------------------------------------------------------------------------------------
 
 
 def _standing(config: CaptionStudyConfig, runs: dict[Point, PretrainConfig]) -> str:
-    missing = [point for point, run in runs.items() if not is_finished(run)]
+    missing = [point for point, run in runs.items() if read_result(_results(config), point, run) is None]
     if not missing:
         return f"All {len(runs)} points are finished. The page: {config.out / 'captions.html'}"
     return (

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from clips_core.folders import environment
-from eval_suites.comparison import between, percent, points
+from eval_suites.comparison import DIRECTIONS, between, percent, points
 from eval_suites.statistics import CONFIDENCE, mean_score, paired_difference
 
 MEASURES = {"mean": "mean of both ways", "image_to_text": "picture → caption", "text_to_image": "caption → picture"}
@@ -33,14 +33,6 @@ LABELS = {
 }
 Scores = NDArray[np.float64]
 Interval = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished point: its line of results.jsonl, and its R@1 picture by picture."""
-
-    row: dict[str, Any]
-    scores: dict[str, Scores]  # by measure, [N]
 
 
 @dataclass(frozen=True)
@@ -88,7 +80,7 @@ class Study:
 
     config: dict[str, Any]
     settings: dict[str, Any]  # of pretraining, the same at all points
-    points: list[dict[str, Any]]  # the lines of results.jsonl
+    points: list[dict[str, Any]]  # the results, without their scores picture by picture
     of: int  # points in the whole grid
     curves: list[Curve]
     chance: float  # R@1
@@ -108,38 +100,27 @@ class Study:
         return list(rows.values())
 
 
-def analyse(results: Sequence[Result], config: dict[str, Any], settings: dict[str, Any], of: int) -> Study:
-    """Curves, trends and sentences. `results`: the finished ones of `of` points; at least one."""
-    by_curve: dict[tuple[str, str], list[Result]] = defaultdict(list)
+def analyse(results: Sequence[dict[str, Any]], config: dict[str, Any], of: int) -> Study:
+    """Curves, trends and sentences. `results`: as `eval_suites.results` keeps them, of the finished ones of `of` points."""
+    by_curve: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for result in results:
-        by_curve[result.row["source"], result.row["strategy"]].append(result)
+        by_curve[result["source"], result["strategy"]].append(result)
     curves = [curve(own, measure) for own in by_curve.values() for measure in MEASURES]
-    rows = [result.row for result in results]
-    return Study(config, settings, rows, of, curves, rows[0]["chance"]["R@1"], findings(curves, rows, of))
+    common = {name: value for name, value in results[0]["settings"].items() if name not in ("texts", "seed")}
+    rows = [{name: value for name, value in result.items() if name not in ("scores", "settings")} for result in results]
+    return Study(config, common, rows, of, curves, rows[0]["chance"]["R@1"], findings(curves, rows, of))
 
 
 # ----------------------------------------------------------------------------------------------------- figures
 
 
-def scores_by_picture(ranks: dict[str, list[int]], owner: NDArray[np.int64]) -> dict[str, Scores]:
-    """R@1 of every held-out picture, [N] by measure; the mean over pictures is the measure's R@1.
-
-    Args:
-        ranks: of the right answer to every query, 0 best, as `clips_core.zero_shot.retrieval` gives them.
-        owner: the picture of each caption, [C]: the queries of one picture's captions rise and fall together.
-    """
-    hits = {way: (np.asarray(ranks[way]) == 0).astype(float) for way in ("image_to_text", "text_to_image")}
-    image = hits["image_to_text"]
-    text = np.bincount(owner, weights=hits["text_to_image"], minlength=len(image)) * len(image) / len(owner)
-    return {"mean": (image + text) / 2, "image_to_text": image, "text_to_image": text}
-
-
-def curve(results: Sequence[Result], measure: str) -> Curve:
+def curve(results: Sequence[dict[str, Any]], measure: str) -> Curve:
     """R@1 by length. `results`: the points of one source and strategy, of any seeds."""
-    first = results[0].row
+    first = results[0]
     scores: dict[int, dict[int, Scores]] = defaultdict(dict)  # by length and seed
     for result in results:
-        scores[result.row["length"]][result.row["seed"]] = result.scores[measure]
+        ways = DIRECTIONS if measure == "mean" else [measure]
+        scores[result["length"]][result["seed"]] = np.mean([result["scores"][way] for way in ways], axis=0)
     estimates = []
     for length, by_seed in sorted(scores.items()):
         value, interval = _mean(list(by_seed.values()))

@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import io
 import itertools
-import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from numpy.typing import NDArray
 from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
-from clips_core.config import FORBID, PretrainConfig, to_dict, what_trains
+from clips_core.config import FORBID, PretrainConfig, to_dict
 from clips_core.errors import InputError
 from clips_core.folders import (
     MetricsLog,
@@ -41,18 +40,15 @@ from eval_suites.comparison import DIRECTIONS, between, p_text, percent, points
 from eval_suites.grid import is_finished, point_config, train_points
 from eval_suites.methods_page import figure
 from eval_suites.page import duration
+from eval_suites.results import WEIGHTS, make_result, read_result, write_result
 from eval_suites.statistics import Difference, Mean, holm, mean_score, paired_difference
-from eval_suites.study import read_scores
 from eval_suites.towers.config import ClassSet, TowerEvalConfig
 
-WEIGHTS = "export/open_clip/open_clip_model.safetensors"
 OWN_KEYS = {
     "out": "each training has a folder under the study's own `out`",
     "method": "say it in the arms",
     "seed": "say it in the grids",
 }
-# Where data lies, and no part of what it is: a result holds on another machine too.
-PLACES = (("data", "train"), ("data", "vocab"), ("evaluation", "shards"))
 
 Budget = Literal["pictures", "flops"]
 
@@ -136,25 +132,18 @@ def study_methods(config: MethodStudyConfig) -> Path:
     results = config.results or config.out / "results"
 
     def kept(point: Point) -> dict[str, Any] | None:
-        path = results / f"{point.name}.json"
-        if not path.is_file():
-            return None
-        row: dict[str, Any] = read_json(path)
-        difference = first_difference(row["settings"], _identity(runs[point]), "settings")
-        if difference is not None:
-            raise InputError(f"{path} was made with other settings ({difference}); delete it or name another folder")
-        return row
+        return read_result(results, point, runs[point])
 
     def write_results() -> None:
         for point, run in tqdm(runs.items(), desc="results", unit="training", delay=3):
             old, trained = kept(point), is_finished(run)
-            row = result(point, run) if old is None and trained else old
+            row = make_result(point, run) if old is None and trained else old
             if row is None:
                 continue
             if config.classes is not None and trained and "classification" not in row and _is_of(row, run):
                 row = {**row, "classification": classify(run, config.classes)}
             if row is not old:
-                write_bytes(results / f"{point.name}.json", json.dumps(row).encode())
+                write_result(results, row)
 
     def begin() -> None:
         if config.classes is not None and any(kept(point) is None for point in runs):  # before hours of training
@@ -230,37 +219,7 @@ def _flops_per_sample(run: PretrainConfig) -> float:
     return flops_per_sample(CLIPS(run.model), dataset, run)
 
 
-# --- one training's result ------------------------------------------------------------------------------------------
-
-
-def _identity(run: PretrainConfig) -> dict[str, Any]:
-    """The settings that make a training what it is, without where its data lies."""
-    settings = what_trains(run)
-    for section, key in PLACES:
-        settings[section] = {name: value for name, value in settings[section].items() if name != key}
-    return settings
-
-
-def result(point: Point, run: PretrainConfig) -> dict[str, Any]:
-    """What is kept of a finished training: settings, cost, and R@1 of every held-out picture.
-
-    Raises:
-        InputError: if its folder is another stage's, or holds no evaluation.
-    """
-    manifest, zero_shot = read_manifest(run.out, "pretrain"), read_json(run.out / "zero_shot.json")
-    outputs, scores = manifest["outputs"], read_scores(run)
-    return {
-        "point": point.name,
-        **point._asdict(),
-        "settings": _identity(run),
-        "inputs": manifest["inputs"],
-        "weights": manifest["weights"][WEIGHTS],
-        **{name: outputs[name] for name in ("samples", "parameters", "flops_per_sample", "seconds")},
-        **{name: zero_shot[name] for name in ("n", "captions", "chance", *DIRECTIONS)},
-        "scores": {way: scores[way].tolist() for way in DIRECTIONS},
-        "environment": manifest["environment"],
-        "finished": manifest["finished"],
-    }
+# --- classification -------------------------------------------------------------------------------------------------
 
 
 def _is_of(row: Mapping[str, Any], run: PretrainConfig) -> bool:

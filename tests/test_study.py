@@ -1,8 +1,8 @@
 """The caption study: its grid, its resumption, its figures against the run folders', its statistics against scipy's."""
 
+import dataclasses
 import html
 import io
-import json
 import os
 import re
 import shutil
@@ -29,12 +29,14 @@ from clips_core.train import pretrain
 from eval_suites import study, study_page
 from eval_suites.charts import IntervalLine, interval_chart
 from eval_suites.cli import main
+from eval_suites.results import read_scores, scores_by_picture
 from eval_suites.statistics import recall_interval
-from eval_suites.study import CaptionStudyConfig, Point, points, pretrain_config, read_scores, study_captions
-from eval_suites.study_curves import Result, analyse, headline, over_trainings, scores_by_picture, trend
+from eval_suites.study import CaptionStudyConfig, Point, points, pretrain_config, study_captions
+from eval_suites.study_curves import analyse, headline, over_trainings, trend
 from tests.test_pretrain import COLOURS, make_shards
 
 PACKAGE = Path(study.__file__).parent
+WAYS = ("image_to_text", "text_to_image")
 NAME = "<b onclick=x>&study"  # of the study's folder: it must not become part of the page's markup
 GRID = [Point("synthetic", strategy, length, 0) for strategy in ("truncation", "sub_caption") for length in (4, 8)] + [
     Point("web", "truncation", length, 0) for length in (1, 4)
@@ -86,7 +88,7 @@ def test_grid_is_what_the_config_says(data: list[str], tmp_path: Path) -> None:
         Point("web", "block_mask", 8, 0),
     ]
     full = points(config(data, tmp_path, recipe="study_world"))
-    assert len(full) == len(set(full)) == 4 * 5 + 4
+    assert len(full) == len(set(full)) == 3 * (4 * 5 + 4)
 
 
 def test_shipped_recipes_fit_their_own_texts(data: list[str], tmp_path: Path) -> None:
@@ -186,7 +188,7 @@ def finished(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     before = {point: manifest_time(out, point) for point in GRID}
     assert [time is not None for time in before.values()] == [True, True, False, False, False, False]
-    assert len((out / "results.jsonl").read_text().splitlines()) == 2  # nothing that was earned is lost
+    assert len(list((out / "results").iterdir())) == 2  # nothing that was earned is lost
     assert main(arguments) == 0
     assert all(manifest_time(out, point) == before[point] for point in GRID[:2])  # finished: not repeated
     return out
@@ -212,19 +214,19 @@ def test_killed_point_went_on(data: list[str], finished: Path, tmp_path: Path) -
 
 
 def test_figure_is_that_of_the_run_folders(finished: Path, result: dict[str, Any]) -> None:
-    rows = [json.loads(line) for line in (finished / "results.jsonl").read_text().splitlines()]
-    assert [row["point"] for row in rows] == [point.name for point in GRID]
+    rows = [read_json(finished / "results" / f"{point.name}.json") for point in GRID]
     measured: dict[tuple[str, str, str, int], float] = {}
     for row, point in zip(rows, GRID, strict=True):
         folder = finished / "points" / point.name
         manifest, zero_shot = read_manifest(folder, "pretrain"), read_json(folder / "zero_shot.json")
         assert row["weights"] == manifest["weights"]["export/open_clip/open_clip_model.safetensors"]
-        assert row["flops"] == manifest["outputs"]["flops_per_sample"] * 160
+        assert row["flops_per_sample"] == manifest["outputs"]["flops_per_sample"] and row["samples"] == 160
         assert (row["n"], row["captions"]) == (16, 32)
         ways = {way: zero_shot[way]["R@1"] for way in ("image_to_text", "text_to_image")}
+        assert ways == pytest.approx({way: np.mean(row["scores"][way]) for way in ways})
         for measure, value in {**ways, "mean": sum(ways.values()) / 2}.items():
             measured[point.source, point.strategy, measure, point.length] = value
-    assert len({row["flops"] for row in rows}) == 1 and len({row["weights"] for row in rows}) == 6
+    assert len({row["flops_per_sample"] for row in rows}) == 1 and len({row["weights"] for row in rows}) == 6
     assert len(set(measured.values())) > 3  # there is something to draw
     drawn = {
         (curve["source"], curve["strategy"], curve["measure"], estimate["length"]): estimate
@@ -290,17 +292,31 @@ def test_shared_grid(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_other_settings_or_data_are_refused(data: list[str], finished: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"other settings \(pretrain\.learning_rate: 0\.001 → 0\.01\)"):
-        study_captions(config(data, finished, "pretrain.samples=160", "pretrain.learning_rate=0.01"))
-    out = tmp_path / "copy"
-    shutil.copytree(finished, out)
-    manifest = out / "points" / GRID[1].name / "manifest.json"
+    other = config(data, finished, "pretrain.samples=160", "pretrain.learning_rate=0.01")
+    with pytest.raises(
+        InputError, match=r"seed0\.json was made with other settings \(settings\.learning_rate: 0\.001 → 0\.01"
+    ):
+        study_captions(other)
+    shutil.copytree(finished / "points", tmp_path / "points")  # and no results: the run folders know what made them
+    with pytest.raises(
+        InputError, match=r"a training with other settings \(learning_rate: 0\.001 → 0\.01\); choose another"
+    ):
+        study_captions(dataclasses.replace(other, out=tmp_path))
+    assert not (tmp_path / "results").exists()
+    manifest = tmp_path / "points" / GRID[1].name / "manifest.json"
     write_json(manifest, {**read_json(manifest), "inputs": {"data": "others", "vocab": "other"}})
     with pytest.raises(InputError, match=r"saw different data \(inputs\.data: "):
-        study_captions(config(data, out, "pretrain.samples=160"))
-    (out / "settings.json").unlink()
-    with pytest.raises(InputError, match=r"has points but no settings\.json"):
-        study_captions(config(data, out, "pretrain.samples=160"))
+        study_captions(config(data, tmp_path, "pretrain.samples=160"))
+
+
+def test_results_spare_the_training(
+    data: list[str], finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study_captions(config(data, tmp_path, "pretrain.samples=160", f"results={finished / 'results'}"))
+    told = capsys.readouterr().out
+    assert "6 finished; 0 to do here" in told and "All 6 points are finished" in told
+    assert not (tmp_path / "points").exists() and not (tmp_path / "results").exists()
+    assert (tmp_path / "captions.svg").read_bytes() == (finished / "captions.svg").read_bytes()
 
 
 def test_an_evaluation_that_does_not_say_whose_its_captions_are(
@@ -338,15 +354,18 @@ def test_command_line(data: list[str], capsys: pytest.CaptureFixture[str]) -> No
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def made_result(source: str, strategy: str, length: int, seed: int, share: float) -> Result:
+def made_result(source: str, strategy: str, length: int, seed: int, share: float) -> dict[str, Any]:
     """A point at which `share` of 400 pictures is found."""
     rng = np.random.default_rng([length, seed])
-    hits = {way: (rng.random(400) < share).astype(float) for way in ("image_to_text", "text_to_image")}
-    scores = {"mean": sum(hits.values()) / 2, **hits}
-    recalls: dict[str, Any] = {way: {"R@1": float(value.mean())} for way, value in hits.items()}
+    scores = {way: (rng.random(400) < share).astype(float).tolist() for way in WAYS}
+    recalls = {way: {"R@1": float(np.mean(values))} for way, values in scores.items()}
     row = {"point": f"{source}-{length}", "source": source, "strategy": strategy, "length": length, "seed": seed}
-    figures = {"chance": {"R@1": 1 / 400}, "n": 400, "samples": 1000, "seconds": 1.0, "flops": 1e9, "weights": "0" * 64}
-    return Result({**row, **recalls, **figures}, scores)
+    figures = {"chance": {"R@1": 1 / 400}, "n": 400, "samples": 1000, "seconds": 1.0, "flops_per_sample": 1e6}
+    return {**row, **recalls, **figures, "weights": "0" * 64, "scores": scores, "settings": {"seed": seed, "texts": {}}}
+
+
+def mean_scores(row: dict[str, Any]) -> Any:
+    return np.mean([row["scores"][way] for way in WAYS], axis=0)
 
 
 def test_several_captions_a_picture() -> None:
@@ -358,9 +377,9 @@ def test_several_captions_a_picture() -> None:
     scores = scores_by_picture(ranks, owner)
     to_text, to_image = (float(np.mean(np.asarray(value) == 0)) for value in ranks.values())
     assert scores["text_to_image"].mean() == pytest.approx(to_image)
-    assert scores["mean"].mean() == pytest.approx((to_text + to_image) / 2)
-    made = Result(made_result("web", "truncation", 4, 0, 0.5).row, scores)
-    by_measure = {curve.measure: curve.points[0] for curve in analyse([made], {}, {}, 1).curves}
+    made = {**made_result("web", "truncation", 4, 0, 0.5), "scores": scores}
+    by_measure = {curve.measure: curve.points[0] for curve in analyse([made], {}, 1).curves}
+    assert by_measure["mean"].value == pytest.approx((to_text + to_image) / 2)
     expected = recall_interval(int(found[::5].sum()), 300)  # Wilson's, of 300 and not of 1,500
     assert by_measure["text_to_image"].interval == pytest.approx(expected, abs=2e-3)
     uneven = scores_by_picture({"image_to_text": [0, 1], "text_to_image": [0, 0, 1]}, np.array([0, 0, 1]))
@@ -370,7 +389,7 @@ def test_several_captions_a_picture() -> None:
 def test_trend_is_the_least_squares_slope_with_its_t_interval() -> None:
     lengths = [4, 8, 32]  # uneven on the logarithmic axis
     made = {
-        length: made_result("synthetic", "truncation", length, 0, 0.8 - 0.02 * length).scores["mean"]
+        length: mean_scores(made_result("synthetic", "truncation", length, 0, 0.8 - 0.02 * length))
         for length in lengths
     }
     own = trend({length: {0: scores} for length, scores in made.items()})
@@ -387,20 +406,20 @@ def test_several_seeds_give_t_intervals_over_trainings() -> None:
         for length in (4, 16, 32)
         for seed in (0, 1, 2)
     ]
-    made = analyse(results[:-1], {}, {}, len(results))
+    made = analyse(results[:-1], {}, len(results))
     curve = made.curves[0]
-    values = [float(result.scores["mean"].mean()) for result in results[:3]]
+    values = [float(mean_scores(result).mean()) for result in results[:3]]
     expected = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
     assert curve.points[0].interval == pytest.approx(expected)
     assert [point.trainings for point in curve.points] == [3, 3, 2]
-    means = np.array([[result.scores["mean"].mean() for result in results[i : i + 3]] for i in (0, 3, 6)])
+    means = np.array([[mean_scores(result).mean() for result in results[i : i + 3]] for i in (0, 3, 6)])
     slopes = np.polyfit([2, 4, 5], means, 1)[0][:2]  # the third seed lacks a length
     assert curve.trend is not None and curve.trend.trainings == 2
     expected = stats.t.interval(0.95, 1, slopes.mean(), stats.sem(slopes))
     assert (curve.trend.value, *curve.trend.interval) == pytest.approx((slopes.mean(), *expected))
     assert "8 of 9 points are finished. Up to 3 trainings per point (seeds 0, 1, 2)" in made.findings[1]
     assert (
-        analyse(results, {}, {}, len(results))
+        analyse(results, {}, len(results))
         .findings[1]
         .startswith("3 trainings per point (seeds 0, 1, 2), 1,000 pictures")
     )
@@ -410,19 +429,19 @@ def test_several_seeds_give_t_intervals_over_trainings() -> None:
 def test_headline_says_what_the_intervals_bear() -> None:
     opposite = [made_result("synthetic", "truncation", length, 0, 0.9 - 0.1 * i) for i, length in enumerate((4, 8, 16))]
     opposite += [made_result("web", "truncation", length, 0, 0.2 + 0.1 * i) for i, length in enumerate((1, 2, 4))]
-    told = analyse(opposite, {}, {}, 6).findings
+    told = analyse(opposite, {}, 6).findings
     assert told[0] == "With longer synthetic captions R@1 falls. With longer web captions R@1 rises."
     flat = [made_result("synthetic", "sub_caption", length, 0, 0.5) for length in (4, 8, 16)]
-    mixed = analyse(opposite[:3] + flat, {}, {}, 6)
+    mixed = analyse(opposite[:3] + flat, {}, 6)
     assert mixed.findings[0] == (
         "With longer synthetic captions R@1 falls (truncation); shows no clear trend (sub-caption)."
     )
     assert mixed.findings[2].startswith("synthetic, truncation: −") and "% at 4 tokens" in mixed.findings[2]
-    assert headline(analyse(opposite[:1], {}, {}, 6).curves[:1]).endswith("R@1 has one length only.")
+    assert headline(analyse(opposite[:1], {}, 6).curves[:1]).endswith("R@1 has one length only.")
 
 
 def test_page_of_a_single_point() -> None:
-    made = analyse([made_result("web", "truncation", 8, 0, 0.0)], {"out": "x"}, {}, 4)
+    made = analyse([made_result("web", "truncation", 8, 0, 0.0)], {"out": "x"}, 4)
     page = study_page.render(made)
     assert "A trend needs two lengths" in page and "1 of 4 points are finished" in page
     assert study_page.figure(made, "png") == study_page.figure(made, "png")

@@ -18,6 +18,7 @@ from clips_core.folders import read_json
 from clips_core.formats import load_open_clip
 from eval_suites import study_methods as module
 from eval_suites.cli import main
+from eval_suites.results import WEIGHTS, identity
 from eval_suites.study_methods import MethodStudyConfig, Point, analyse, study_methods, tables, training_order
 from tests.test_pretrain import COLOURS, make_shards
 from tests.test_study import make_held_out
@@ -103,7 +104,7 @@ def test_shipped_recipe_names_what_can_be_trained(tmp_path: Path) -> None:
     assert len(runs) == (5 + 5 + 5) + 2 * 3 * 4 + 3 + 2 * 3 * 3
     assert {run.method for run in runs.values()} == {"clip", "clip_mix", "coca", "clips"}
     assert (
-        len({json.dumps(module._identity(run) | {"train": str(run.data.train)}) for run in runs.values()})
+        len({json.dumps(identity(run) | {"train": str(run.data.train)}) for run in runs.values()})
         == 5 + 5 + 4 * 3 + 3 + 18
     )
 
@@ -171,7 +172,7 @@ def test_results_without_classification_are_completed_where_the_tower_is_there(
     shutil.rmtree(tmp_path / "study" / "points" / "clip_mix-pictures-own-seed0")
     manifest = tmp_path / "study" / "points" / NAME / "manifest.json"
     other = read_json(manifest)
-    other["weights"][module.WEIGHTS] = "0" * 64  # this folder holds another tower than the result is of
+    other["weights"][WEIGHTS] = "0" * 64  # this folder holds another tower than the result is of
     manifest.write_text(json.dumps(other))
     arguments = [*settings, f"out={tmp_path / 'study'}", f"results={kept}"]
     study_methods(config(arguments, "classes=null"))
