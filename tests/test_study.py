@@ -92,7 +92,7 @@ def test_grid_is_what_the_config_says(data: list[str], tmp_path: Path) -> None:
 
 
 def test_shipped_recipes_fit_their_own_texts(data: list[str], tmp_path: Path) -> None:
-    for recipe in ("study_world", "study_world_debug"):
+    for recipe in ("study_world", "study_world_anywhere", "study_world_debug"):
         loaded = config(data, tmp_path, recipe=recipe)
         runs = {point: pretrain_config(loaded, point) for point in points(loaded)}
         study._check_lengths(list(runs), runs)

@@ -109,6 +109,14 @@ def test_shipped_recipe_names_what_can_be_trained(tmp_path: Path) -> None:
     )
 
 
+def test_the_long_study_is_the_same_but_for_its_length() -> None:
+    shipped, long = config(["study_methods"]), config(["study_methods_long"])
+    for point in training_order(long):
+        ours, theirs = (identity(module._config(study, point)) for study in (long, shipped))
+        assert ours.pop("samples") == 3 * theirs.pop("samples") and ours == theirs
+    assert len(training_order(long)) == 3 * 3
+
+
 def test_equal_flops_are_equal_to_a_batch(finished: Path) -> None:
     made = results(finished)
     clips, mix, more = (
