@@ -6,6 +6,7 @@ from typing import Any
 
 OWN = "own"  # data of the study's main part
 MARKS = {"pictures": "o", "flops": "s"}
+TITLES = {"pictures": "pictures", "flops": "FLOPs"}
 
 
 def figure(study: Mapping[str, Any], kind: str) -> bytes:
@@ -43,13 +44,14 @@ def _arms(panel: Any, rows: Sequence[Mapping[str, Any]], baseline: str) -> None:
     for number, budget in enumerate(budgets):
         own = [row for row in rows if row["budget"] == budget]
         ys = [names.index(row["arm"]) + 0.16 * (number - (len(budgets) - 1) / 2) for row in own]
-        _whiskers(panel, [row["recall"] for row in own], ys, budget, number, f"equal {budget}")
+        _whiskers(panel, [row["recall"] for row in own], ys, budget, number, f"equal {TITLES[budget]}")
     panel.set_yticks(range(len(names)), labels=[f"{name} (baseline)" if name == baseline else name for name in names])
     panel.invert_yaxis()
-    panel.set(xlabel="R@1 in %, mean of both ways", title="Arms")
+    panel.set(xlabel="R@1 in %, mean of both ways")
+    panel.set_title("Arms", loc="left")
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(axis="x", color="0.9")
-    panel.legend(frameon=False, fontsize=8)
+    _legend(panel)
 
 
 def _differences(panel: Any, rows: Sequence[Mapping[str, Any]], baseline: str) -> None:
@@ -63,10 +65,18 @@ def _differences(panel: Any, rows: Sequence[Mapping[str, Any]], baseline: str) -
     panel.axvline(0, color="0.4", linewidth=1, linestyle=(0, (1, 2)))
     panel.set_yticks(range(len(data)), labels=[name.replace("_", " ") for name in data])
     panel.invert_yaxis()
-    panel.set(xlabel=f"R@1 minus that of {baseline}, in points", title="On other data, equal pictures")
+    panel.set(xlabel=f"R@1 minus that of {baseline}, in points")
+    panel.set_title("On other data, equal pictures", loc="left")
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(axis="x", color="0.9")
-    panel.legend(frameon=False, fontsize=8)
+    _legend(panel)
+
+
+def _legend(panel: Any) -> None:
+    """Above the panel, beside its title: inside it would cover a whisker sooner or later."""
+    panel.legend(
+        frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.99), ncols=2, borderpad=0, columnspacing=1
+    )
 
 
 def _whiskers(
