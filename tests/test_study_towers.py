@@ -78,7 +78,7 @@ def test_commands_are_what_a_reader_would_type(tmp_path: Path) -> None:
 
 
 def test_every_shipped_recipe_fits_its_stages() -> None:
-    for recipe in ("study_towers_demo", "study_towers_llava15", "study_towers_world"):
+    for recipe in ("study_towers_demo", "study_towers_llava15", "study_towers_world", "study_towers_world_long"):
         assert len(commands(config(*TWO, recipe=recipe), Training("a", 0))) == 3
 
 
