@@ -92,12 +92,13 @@ def test_grid_is_what_the_config_says(data: list[str], tmp_path: Path) -> None:
 
 
 def test_shipped_recipes_fit_their_own_texts(data: list[str], tmp_path: Path) -> None:
-    for recipe in ("study_world", "study_world_anywhere", "study_world_debug"):
+    for recipe in ("study_world", "study_world_anywhere", "study_world_debug", "study_stamps"):
         loaded = config(data, tmp_path, recipe=recipe)
         runs = {point: pretrain_config(loaded, point) for point in points(loaded)}
         study._check_lengths(list(runs), runs)
         longest = max(point.length for point in runs)
-        assert {run.model.context_length for run in runs.values()} == {longest + 3}  # no FLOP is spent on mere padding
+        if recipe != "study_stamps":  # whose held-out captions are longer than any text that its towers learn from
+            assert {run.model.context_length for run in runs.values()} == {longest + 3}  # no FLOP is spent on mere padding
 
 
 def test_points_see_the_same_pictures_and_other_texts(data: list[str], tmp_path: Path) -> None:
