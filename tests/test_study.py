@@ -96,9 +96,9 @@ def test_shipped_recipes_fit_their_own_texts(data: list[str], tmp_path: Path) ->
         loaded = config(data, tmp_path, recipe=recipe)
         runs = {point: pretrain_config(loaded, point) for point in points(loaded)}
         study._check_lengths(list(runs), runs)
-        longest = max(point.length for point in runs)
+        longest = max(point.length for point in runs)  # no FLOP is spent on mere padding
         if recipe != "study_stamps":  # whose held-out captions are longer than any text that its towers learn from
-            assert {run.model.context_length for run in runs.values()} == {longest + 3}  # no FLOP is spent on mere padding
+            assert {run.model.context_length for run in runs.values()} == {longest + 3}
 
 
 def test_points_see_the_same_pictures_and_other_texts(data: list[str], tmp_path: Path) -> None:
