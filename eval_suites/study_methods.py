@@ -124,12 +124,12 @@ def study_methods(config: MethodStudyConfig) -> Path:
     for run in base.values():
         if run.evaluation.shards is None:
             raise InputError("pretrain.evaluation.shards: name the held-out pictures that the arms are compared on")
-    samples = _samples(config, base)
+    results = config.results or config.out / "results"
+    samples = _samples(config, base, results)
     runs = {}
     for point in training_order(config):
         run = _config(config, point)
         runs[point] = dataclasses.replace(run, samples=samples[point.arm]) if point.budget == "flops" else run
-    results = config.results or config.out / "results"
 
     def kept(point: Point) -> dict[str, Any] | None:
         return read_result(results, point, runs[point])
@@ -202,11 +202,15 @@ def _lay_over(values: dict[str, Any], layer: Mapping[str, Any]) -> None:
             values[key] = dict(value) if isinstance(value, Mapping) else value
 
 
-def _samples(config: MethodStudyConfig, base: Mapping[str, PretrainConfig]) -> dict[str, int]:
+def _samples(config: MethodStudyConfig, base: Mapping[str, PretrainConfig], results: Path) -> dict[str, int]:
     """By arm, how many pictures the FLOPs of `flops_of` pay for: whole batches, counted as training counts its FLOPs."""
     if not any("flops" in grid.budgets for grid in config.grids):
         return {}
-    cost = {arm: _flops_per_sample(run) for arm, run in base.items()}
+    cost = {}
+    for arm, run in base.items():
+        # As the result has it, where there is one: so the tables can be made of results alone, where no data is.
+        row = read_result(results, Point(arm, "pictures", "own", 0), run)
+        cost[arm] = _flops_per_sample(run) if row is None else row["flops_per_sample"]
     paid = base[config.flops_of].samples * cost[config.flops_of]
     return {arm: max(1, round(paid / cost[arm] / run.batch_size)) * run.batch_size for arm, run in base.items()}
 

@@ -133,7 +133,8 @@ def test_results_spare_the_training(
     settings: list[str], finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kept = shutil.copytree(finished / "kept", tmp_path / "kept")
-    study_methods(config(settings, f"out={tmp_path / 'new'}", f"results={kept}"))
+    gone = [f"{key}={tmp_path / 'gone'}" for key in ("pretrain.data.train", "pretrain.data.vocab", "classes.test")]
+    study_methods(config(settings, *gone, f"out={tmp_path / 'new'}", f"results={kept}"))
     assert "8 trainings, 8 finished; 0 to do here" in capsys.readouterr().out
     assert not (tmp_path / "new" / "points").exists()
     assert (tmp_path / "new" / "methods.md").read_text() == (finished / "methods.md").read_text()
