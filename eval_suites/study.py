@@ -237,6 +237,6 @@ def print_study(study: Study, console: Console) -> None:
         cells += [between(mean.interval, signed=False), *ways, *([str(mean.trainings)] if several else [])]
         rows.append(cells)
     title = "R@1 among held-out pictures in %, mean of both ways and each"
-    console.print(table(title, [*columns, *(["trainings"] if several else [])], rows, words=2, no_wrap=True))
+    console.print(table(title, [*columns, *(["trainings"] if several else [])], rows, words=2))
     for sentence in study.findings:
         console.print(f"• {sentence}", highlight=False, markup=False)
