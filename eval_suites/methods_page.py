@@ -6,7 +6,7 @@ from typing import Any
 
 OWN = "own"  # data of the study's main part
 MARKS = {"pictures": "o", "flops": "s"}
-TITLES = {"pictures": "pictures", "flops": "FLOPs"}
+BUDGETS = {"pictures": "pictures", "flops": "FLOPs"}
 
 
 def figure(study: Mapping[str, Any], kind: str) -> bytes:
@@ -44,7 +44,7 @@ def _arms(panel: Any, rows: Sequence[Mapping[str, Any]], baseline: str) -> None:
     for number, budget in enumerate(budgets):
         own = [row for row in rows if row["budget"] == budget]
         ys = [names.index(row["arm"]) + 0.16 * (number - (len(budgets) - 1) / 2) for row in own]
-        _whiskers(panel, [row["recall"] for row in own], ys, budget, number, f"equal {TITLES[budget]}")
+        _whiskers(panel, [row["recall"] for row in own], ys, budget, number, f"equal {BUDGETS[budget]}")
     panel.set_yticks(range(len(names)), labels=[f"{name} (baseline)" if name == baseline else name for name in names])
     panel.invert_yaxis()
     panel.set(xlabel="R@1 in %, mean of both ways")

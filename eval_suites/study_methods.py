@@ -38,7 +38,7 @@ from clips_core.folders import (
 from clips_core.recaption import parse_part
 from eval_suites.comparison import DIRECTIONS, between, p_text, percent, points
 from eval_suites.grid import is_finished, point_config, train_points
-from eval_suites.methods_page import figure
+from eval_suites.methods_page import BUDGETS, figure
 from eval_suites.page import duration
 from eval_suites.results import WEIGHTS, make_result, read_result, write_result
 from eval_suites.statistics import Difference, Mean, holm, mean_score, paired_difference
@@ -107,7 +107,7 @@ class Point(NamedTuple):
 
     def __str__(self) -> str:
         data = "" if self.data == "own" else f", data {self.data}"
-        return f"{self.arm}, equal {self.budget}{data}, seed {self.seed}"
+        return f"{self.arm}, equal {BUDGETS[self.budget]}{data}, seed {self.seed}"
 
 
 def study_methods(config: MethodStudyConfig) -> Path:
@@ -371,7 +371,7 @@ def tables(study: Mapping[str, Any]) -> str:
     parts = []
     for (budget, data), group in itertools.groupby(study["rows"], lambda row: (row["budget"], row["data"])):
         rows = [head, ["---"] * len(head), *(_cells(row)[: len(head)] for row in group)]
-        title = f"Equal {budget}{'' if data == 'own' else f', data {data}'}:"
+        title = f"Equal {BUDGETS[budget]}{'' if data == 'own' else f', data {data}'}:"
         parts.append("\n".join([title, "", *(f"| {' | '.join(cells)} |" for cells in rows)]))
     return "\n\n".join(parts) + "\n"
 
