@@ -11,8 +11,8 @@ from rich.text import Text
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> Table:
     """A table whose first `words` columns hold words and stand left; the others hold figures. Brackets are no markup.
 
-    In a narrow terminal words are wrapped and figures are not: a figure with its end cut off is another figure. So that their
-    headings do not make them wide, these are folded to the width of what stands below.
+    A row may end early: what it lacks stays empty. In a narrow terminal words are wrapped and figures are not: a figure with its
+    end cut off is another figure. So that their headings do not make them wide, these are folded to the width of what stands below.
     """
     rows = list(rows)
     made = Table(
@@ -27,7 +27,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], wor
         if number < words:
             made.add_column(Text(column), justify="left", overflow="fold")
         else:
-            width = max((len(row[number]) for row in rows), default=len(column))
+            width = max((len(row[number]) for row in rows if number < len(row)), default=len(column))
             heading = textwrap.fill(column, max(width, 1), break_long_words=False, break_on_hyphens=False)
             made.add_column(Text(heading), justify="right", no_wrap=True)
     for row in rows:
