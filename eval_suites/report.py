@@ -202,13 +202,15 @@ def print_report(report: Report, console: Console) -> None:
     if report.categories:
         console.print(_categories_table(report))
 
-    lost: dict[tuple[str, str], list[str]] = {}
+    lost: dict[tuple[str, str], dict[str, str]] = {}
     for row in report.controls:
-        lost.setdefault((row.benchmark, row.a), []).append(f"{points(row.difference)} {between(row.interval)}")
+        pictures = row.b.removeprefix(f"{row.a}, ")
+        lost.setdefault((row.benchmark, row.a), {})[pictures] = f"{points(row.difference)} {between(row.interval)}"
     if lost:
-        title = "Accuracy with the right pictures minus that with blank or shuffled ones, in points"
-        rows = [[benchmark, name, *cells] for (benchmark, name), cells in lost.items()]
-        columns = ["", "model", *(f"− {pictures}" for pictures in CONTROLS)]
+        asked = [pictures for pictures in CONTROLS if any(pictures in cells for cells in lost.values())]
+        title = f"Accuracy with the right pictures minus that with {' or '.join(asked)} ones, in points"
+        rows = [[*of, *(cells.get(pictures, "") for pictures in asked)] for of, cells in lost.items()]
+        columns = ["", "model", *(f"− {pictures}" for pictures in asked)]
         console.print(table(title, columns, rows, words=2))
     for made in (published_table(report.published), anchor.anchor_table(report.anchor)):
         if made is not None:

@@ -397,6 +397,23 @@ def test_controls_compare_a_model_with_itself(report: dict[str, Any], entries: l
             assert row["n_samples"] == len(differences)
 
 
+def test_controls_stand_under_the_pictures_that_were_shown(
+    copies: list[Entry],
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    asked = [dataclasses.replace(entry, blank=None) for entry in copies]
+    found = compare(asked, tmp_path / "out", folder / "benchmarks")
+    _, _, printed = capsys.readouterr().out.partition("Accuracy with the right pictures")
+    assert "− shuffled" in printed and "− blank" not in printed
+    [pope] = [row for row in found.controls if (row.benchmark, row.b) == ("pope", "clips, shuffled")]
+    [line] = [line for line in printed.splitlines() if line.split()[:2] == ["pope", "clips"]]
+    assert f"{points(pope.difference)} {between(pope.interval)}" in line
+
+
 def test_sentences_speak_of_these_checkpoints(report: dict[str, Any]):
     findings = report["findings"]
     assert re.fullmatch(
