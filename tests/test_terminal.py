@@ -1,7 +1,5 @@
 """Tables in the terminal: no figure is ever cut."""
 
-import re
-
 import pytest
 from rich.console import Console
 
@@ -15,6 +13,17 @@ ROWS = [
 ]
 
 
+def words_of(text: str) -> tuple[str, str]:
+    """All that stands in the first column and in the second, wrapped or not, without spaces."""
+    lines = text.splitlines()
+    heading = next(line for line in lines if line.startswith("arm "))
+    second = len(heading) - len(heading[len("arm") :].lstrip())  # where it begins
+    return (
+        "".join(line[:second].replace(" ", "") for line in lines),
+        "".join(line[second:].split()[0] for line in lines if line[second : second + 1].strip()),
+    )
+
+
 @pytest.mark.parametrize("width", [50, 60, 80, 200])
 def test_words_wrap_and_figures_stay_whole(width: int) -> None:
     console = Console(width=width, record=True)
@@ -25,8 +34,9 @@ def test_words_wrap_and_figures_stay_whole(width: int) -> None:
     for row in ROWS:
         for figure in row[2:]:
             assert figure in text
-        for word in row[:2]:  # its letters all stand there, in this order, if not on one line
-            assert re.search(r"[\s\S]*?".join(map(re.escape, word.replace(" ", ""))), text)
+    arms, strategies = words_of(text)
+    assert "".join(row[0].replace(" ", "") for row in ROWS) in arms
+    assert "sub_captiontruncation" in strategies
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= width
 
